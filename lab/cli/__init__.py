@@ -1,0 +1,54 @@
+"""The commands. One thin file each; what they share is how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NoReturn
+
+USAGE = 2  # the exit code of a mistake in the command or its config; 1 is a failed run, 128 + n a signal
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].partition("=")[0]
+        near = get_close_matches(unknown, [option for action in self._actions for option in action.option_strings], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"{self.prog}: {message}{hint} ({self.prog} --help shows the usage)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def run(command: str, body: Callable[[], None]) -> int:
+    """The exit code of a command. A mistake of the user, or a run that failed with a reason, is one line on stderr; a bug is a traceback."""
+    from lab.config import ConfigError
+    from lab.training.run import Interrupted, RunError
+
+    try:
+        body()
+        sys.stdout.flush()
+    except ConfigError as error:
+        return _say(command, error, USAGE)
+    except Interrupted as error:
+        return _say(command, error, error.exit_code)
+    except RunError as error:
+        return _say(command, error, 1)
+    except KeyboardInterrupt:
+        return _say(command, "interrupted", 130)
+    except BrokenPipeError:  # `lab-train --cfg job | head`: nobody reads on, and that is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(command, f"{error.filename}: {error.strerror}", 1)
+    return 0
+
+
+def _say(command: str, message: object, code: int) -> int:
+    print(f"{command}: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,113 @@
+"""lab-train: compose a config, check it, train."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from lab.cli import Parser, run
+
+USAGE = "lab-train [KEY=VALUE ...] [--config FILE] [options]"
+EXAMPLES = """\
+examples:
+  lab-train experiment=copy_reverse_small                     an experiment of experiments/
+  lab-train --config experiments/copy_reverse_small.yaml      the same by its file, which may lie anywhere
+  lab-train experiment=copy_reverse_small optimizer.lr=1e-3   with another value
+  lab-train experiment=copy_reverse_small model=transformer   with another option of a group (a folder of configs/)
+  lab-train model=lot mixer@model.mixer=attention             with another option inside of a node
+  lab-train 'task.eval_lengths=[1,2]' "run_dir='runs/my run'" lists and texts with special characters, quoted for the shell
+  lab-train ... run_dir=PATH                                  names the folder; the same command again resumes what it holds
+  lab-train resume=RUN trainer.max_steps=4000                 goes on by the config that the run stored
+
+seeing before believing:
+  lab-train experiment=copy_reverse_small --cfg job           the config that this would train with
+  lab-train experiment=copy_reverse_small --explain model.d_model
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    return run(parser.prog, lambda: _main(arguments))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lab-train", usage=USAGE, description="Train a model on a task, as a config says.", epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a value, or an option of a group: optimizer.lr=1e-3 model=lot")
+    parser.add_argument("--config", metavar="FILE", help="an experiment given by its YAML file")
+    parser.add_argument("--cfg", choices=["job"], help="print the resolved config and exit")
+    parser.add_argument("--package", "-p", metavar="KEY", help="with --cfg: only this node")
+    parser.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # Hydra's; here the config is always resolved
+    parser.add_argument("--explain", metavar="KEY", help="print each file and word that sets this key, and exit")
+    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="with resume=: a module of yours that the run may call")
+    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--hydra-help", action="store_true", help="Hydra's own help: its grammar, its flags")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    from lab.config import ConfigError, check, compose, explain
+    from lab.config.overrides import parse
+
+    words = [f"--config={arguments.config}"] if arguments.config else []
+    words += arguments.overrides
+    if arguments.hydra_help:
+        _hydra_help()
+        return
+    if arguments.multirun:
+        raise ConfigError("-m: there are no sweeps yet; run lab-train once for each value")
+    if arguments.package and not arguments.cfg:
+        raise ConfigError("--package belongs to --cfg job")
+    if arguments.explain:
+        print(explain(arguments.explain, words))
+        return
+    if arguments.cfg:
+        _print_config(words, arguments.package)
+        return
+
+    resumed = [word for word in arguments.overrides if word.lstrip("+").startswith("resume=")]
+    runs = [parse(word).value() for word in resumed]
+    if any(runs):
+        if len(runs) > 1 or arguments.config:
+            raise ConfigError("resume=RUN goes on by the config that the run stored; leave out --config and a second resume=")
+        from lab.training import resume
+
+        resume(str(runs[0]), [word for word in arguments.overrides if word not in resumed], arguments.trust)
+        return
+    if arguments.trust:
+        raise ConfigError("--trust belongs to resume=RUN; a config that you give here may call anything")
+    composed = compose(words)
+    check(composed)
+
+    from lab.training import train
+
+    train(composed)
+
+
+def _print_config(words: list[str], package: str | None) -> None:
+    from omegaconf import OmegaConf
+
+    from lab.config import ConfigError, compose
+    from lab.config.errors import hint
+    from lab.config.tree import dotted, lookup, places
+
+    config = compose(words).config
+    found = lookup(config, tuple(package.split("."))) if package else (config,)
+    if found is None:
+        raise ConfigError(f"--package {package}: there is no such key{hint(str(package), (dotted(key) for key, _ in places(config)))}")
+    (node,) = found
+    print(OmegaConf.to_yaml(OmegaConf.create(node)) if isinstance(node, dict | list) else node, end="" if isinstance(node, dict | list) else "\n")
+
+
+def _hydra_help() -> None:
+    from hydra._internal.utils import get_args_parser
+
+    print("lab-train composes its config with Hydra and takes its grammar of overrides; of the flags below it takes --cfg job and --package.\n")
+    get_args_parser().print_help()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""Where a value comes from: every file and word that sets it, the last of which wins."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lab.config.compose import compose
+from lab.config.errors import ConfigError, hint
+from lab.config.layers import Layer, layers
+from lab.config.tree import Key, dotted, leaves, lookup, places
+
+
+def explain(key: str, overrides: list[str]) -> str:
+    """The final value of `key`, and a line for each layer that sets it, lowest first:
+
+        model.d_model = 96
+          128  configs/model/lot.yaml:9
+          64   experiments/copy_reverse_small.yaml:8
+          96   command line
+
+    For a node, a line for each value in it, with the layer that it comes from. ConfigError for a key that nothing sets.
+    """
+    config = compose(overrides).config
+    path = tuple(key.split("."))
+    found = lookup(config, path)
+    if found is None:
+        raise ConfigError(f"{key}: nothing sets such a key{hint(key, (dotted(place) for place, _ in places(config)))}")
+    made_of = layers(overrides)
+    if isinstance(found[0], dict) and found[0]:
+        return _table([(f"{dotted(place)} = {_text(value)}", _setters(made_of, place)[-1][1]) for place, value in leaves(found[0], path)])
+    return f"{key} = {_text(found[0])}\n" + _table([(f"  {_text(value)}", where) for value, where in _setters(made_of, path)])
+
+
+def _setters(made_of: list[Layer], key: Key) -> list[tuple[Any, str]]:
+    return [(found[0], layer.where(key)) for layer in made_of if (found := lookup(layer.tree, key)) is not None]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(left) for left, _ in rows)
+    return "\n".join(f"{left:{width}}  {right}" for left, right in rows)

@@ -1,0 +1,101 @@
+"""Where the YAML lives: lab's own folders, then those of the current folder.
+
+    configs/<group>/<option>.yaml    the options of a group: model=lot, also from sub-folders: model=mine/small
+    experiments/<name>.yaml          the options of the group `experiment`: experiment=repro/induction
+
+Installed from a wheel, both folders sit inside the package; in a checkout, beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lab.config.errors import ConfigError, hint
+
+Options: TypeAlias = dict[str, dict[str, list[Path]]]
+"""group -> option -> the files of that name, lab's own first."""
+
+
+def home() -> Path:
+    """The folder with lab's own configs/ and experiments/."""
+    package = Path(__file__).resolve().parents[1]
+    return package if (package / "configs").is_dir() else package.parent
+
+
+def roots() -> list[Path]:
+    """The folders whose configs/ and experiments/ are searched."""
+    here = Path.cwd()
+    return [home()] if here == home() else [home(), here]
+
+
+def options() -> Options:
+    """Every option of every group."""
+    found: Options = {"experiment": {}}
+    for root in roots():
+        for file in sorted((root / "configs").rglob("*.yaml")):
+            group, *rest = file.relative_to(root / "configs").with_suffix("").parts
+            if rest and group != "experiment":
+                found.setdefault(group, {}).setdefault("/".join(rest), []).append(file)
+        for file in sorted((root / "experiments").rglob("*.yaml")):
+            name = file.relative_to(root / "experiments").with_suffix("").as_posix()
+            found["experiment"].setdefault(name, []).append(file)
+    return found
+
+
+def option_file(found: Options, group: str, option: str, where: str) -> Path:
+    """The file of one option; ConfigError where there is none, or two that differ. `where` says who asked for it."""
+    if group not in found:
+        raise ConfigError(f"{group} ({where}): there is no such group{hint(group, found, 'groups')}")
+    if option not in found[group]:
+        names = sorted(found[group])
+        listed = f" ({', '.join(names)})" if len(names) <= 30 else ""
+        close = hint(option, names, "options") if names else f"; it has no options in {' or '.join(show(r / 'configs') for r in roots())}"
+        raise ConfigError(f"{group}={option} ({where}): there is no such option{close}{listed if 'did you mean' in close else ''}")
+    first, *others = found[group][option]
+    for other in others:
+        if other.read_bytes() != first.read_bytes():
+            raise ConfigError(f"{group}={option} ({where}): {show(other)} has the name of lab's own {show(first)}; rename yours")
+    return first
+
+
+def experiment_name(file: Path) -> str:
+    """The name of an experiment given by file: relative to a searched experiments/ folder, else the stem."""
+    for root in roots():
+        if file.resolve().is_relative_to(root / "experiments"):
+            return file.resolve().relative_to(root / "experiments").with_suffix("").as_posix()
+    return file.stem
+
+
+def load(file: Path) -> DictConfig:
+    """One YAML file, unresolved; ConfigError with the file, and the line where YAML has one."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        top = yaml.compose(text, Loader=yaml.SafeLoader)
+        if top is not None and not isinstance(top, yaml.MappingNode):
+            raise ConfigError(f"{show(file)}: expected lines of the form `key: value`, got {type(top).__name__[:-4].lower()} content")
+        config = OmegaConf.load(file)
+    except FileNotFoundError:
+        near = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise ConfigError(f"{show(file)}: there is no such file{hint(file.name, near, 'in that folder')}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{show(file)}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{show(file)}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{show(file)}: cannot be read: {error.strerror}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{show(file)}: {error.full_key}: malformed interpolation; the form is ${{group.key}}") from None
+    assert isinstance(config, DictConfig)  # of a mapping
+    return config
+
+
+def show(path: Path) -> str:
+    """The path as the user would type it: relative to the current folder where it lies below."""
+    full = Path.cwd() / path
+    return full.relative_to(Path.cwd()).as_posix() if full.is_relative_to(Path.cwd()) else str(full)

@@ -1,0 +1,50 @@
+"""What makes two configs the same experiment: all of it but hardware, workers, logging and paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lab.config.tree import dotted, leaves
+
+IRRELEVANT = (
+    "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
+    "logger", "callbacks.progress", "run_dir", "resume", "fresh",
+)  # fmt: skip
+"""Keys that do not make another experiment."""
+
+
+def config_hash(stored: Mapping[str, Any]) -> str:
+    """8 hex digits that name the experiment. The order of keys does not matter, and 1.0 is 1."""
+    values = {key: _canonical(value) for key, value in _relevant(stored).items()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """'optimizer.lr: 0.001 here, 0.0003 in the run', or None for the same experiment."""
+    a, b = _relevant(ours), _relevant(theirs)
+    for key in [*a, *(key for key in b if key not in a)]:
+        if key not in a or key not in b or _canonical(a[key]) != _canonical(b[key]):
+            return f"{key}: {_text(a, key)} here, {_text(b, key)} in the run"
+    return None
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    values = {dotted(path): value for path, value in leaves(dict(config))}
+    return {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)}
+
+
+def _canonical(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_canonical, value))}]"
+    if isinstance(value, dict):
+        return json.dumps({str(key): _canonical(item) for key, item in value.items()}, sort_keys=True)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value)
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"

@@ -1,0 +1,15 @@
+"""The position-wise part of a block: D -> d_ff -> GELU -> D."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff)
+        self.down = nn.Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)"""
+        return self.down(F.gelu(self.up(x)))

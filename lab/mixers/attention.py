@@ -1,0 +1,106 @@
+"""Causal softmax attention with an explicit key-value cache.   y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s
+
+B = batch, L = length of this chunk, S = slots of the cache, H = heads, d = D / H. Source: arXiv:1706.03762, section 3.2.
+State: k (B, S, H, d), v (B, S, H, d), length (B,) tokens seen by each row; slots from `length` on are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.mixers.base import Mixer, Output, State
+
+
+class Attention(Mixer):
+    """dropout acts on the attention weights (above 0 it leaves the fused path on the CPU)."""
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"Attention: d_model={d_model} must be a multiple of n_heads={n_heads}")
+        self.n_heads = n_heads
+        self.d_head = d_model // n_heads
+        self.dropout = dropout
+        # No biases: one on k adds the same number to all scores of a query, which the softmax cancels.
+        self.q = nn.Linear(d_model, d_model, bias=False)
+        self.k = nn.Linear(d_model, d_model, bias=False)
+        self.v = nn.Linear(d_model, d_model, bias=False)
+        self.o = nn.Linear(d_model, d_model, bias=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q (scaled by 1/sqrt(d)), k, v, each (B, L, H, d)"""
+        q, k, v = (f(x).unflatten(-1, (self.n_heads, self.d_head)) for f in (self.q, self.k, self.v))
+        return q * self.d_head**-0.5, k, v
+
+    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
+        y, state = cached_attention(*self.heads(x), state, lengths, want, self.dropout if self.training else 0.0)
+        return Output(self.o(y.flatten(-2)), state)
+
+    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        return empty_cache(batch_size, self.n_heads, self.d_head, self.d_head, self.q.weight, device, dtype)
+
+    def reserve(self, state: State, n: int) -> State:
+        return reserve_cache(state, n)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...], dropout: float
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Causal attention of a chunk to itself and to what `state` holds.
+
+    q (B, L, H, e) already scaled, k (B, L, H, e), v (B, L, H, d) with e >= d -> y (B, L, H, d) and the new cache where `want` asks for it.
+    """
+    if state is None:
+        y = attend(q, k, v, None, dropout)  # right padding lies in the future of every real token: no mask needed
+        if "state" not in want:
+            return y, None
+        length = torch.full((k.shape[0],), k.shape[1], device=k.device) if lengths is None else lengths.to(k.device, torch.long)
+        return y, {"k": k, "v": v, "length": length}
+
+    length = state["length"]
+    slot = length[:, None] + torch.arange(k.shape[1], device=k.device)  # (B, L): rows may have different lengths
+    in_place = "in_place" in want
+    keys = write(state["k"], k, slot, in_place)
+    values = write(state["v"], v, slot, in_place)
+    visible = torch.arange(keys.shape[1], device=k.device) <= slot[..., None]  # (B, L, S)
+    y = attend(q, keys, values, visible[:, None], dropout)
+    if "state" not in want:
+        return y, None
+    return y, {"k": keys, "v": values, "length": length + (k.shape[1] if lengths is None else lengths)}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """q (B, L, H, e), k (B, S, H, e), v (B, S, H, d); mask (B, 1, L, S) with True = may attend, None = causal with L = S."""
+    d = v.shape[-1]
+    if q.shape[-1] > d:
+        v = F.pad(v, (0, q.shape[-1] - d))  # unequal head sizes would leave the fused path and build the (L, S) matrix
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=1.0)
+    return y.transpose(1, 2)[..., :d]
+
+
+def write(cache: Tensor, new: Tensor, slot: Tensor, in_place: bool) -> Tensor:
+    """Puts new (B, L, H, e) into the slots (B, L) of cache (B, S, H, e): of the cache itself, or of a copy with room for L more."""
+    if not in_place:
+        cache = F.pad(cache, (0, 0, 0, 0, 0, new.shape[1]))
+    return cache.scatter_(1, slot[..., None, None].expand_as(new), new.to(cache.dtype))
+
+
+def empty_cache(
+    batch_size: int, n_heads: int, d_key: int, d_value: int, like: Tensor, device: torch.device | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"device": device or like.device, "dtype": dtype or like.dtype}
+    return {
+        "k": torch.zeros(batch_size, 0, n_heads, d_key, **options),
+        "v": torch.zeros(batch_size, 0, n_heads, d_value, **options),
+        "length": torch.zeros(batch_size, dtype=torch.long, device=options["device"]),
+    }
+
+
+def reserve_cache(state: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Zeros, not uninitialised memory: a masked NaN in v would still reach the output."""
+    return state | {name: F.pad(state[name], (0, 0, 0, 0, 0, n)) for name in ("k", "v")}

@@ -1,0 +1,72 @@
+"""The convention of a mixer: (B, L, D) -> (B, L, D) over time, with an explicit state.
+
+`mixer(x)` gives the plain tensor; `mixer(x, want=("state", "losses"))` gives an `Output` with what was asked for. Everything goes
+through `__call__`, so that hooks, `torch.compile`, FLOP counters and DDP see it. A new mixer writes `mix`; `forward` adds the convention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+State: TypeAlias = Any
+"""A pytree (dicts, lists, tuples) of tensors, each with the batch first: it can be reordered, sliced and saved."""
+
+WANT = ("state", "losses", "record", "in_place")
+
+
+class Output(NamedTuple):
+    """What a mixer, block or model returns when `want` is not empty; a field that was not asked for is empty."""
+
+    y: Tensor
+    state: State = None
+    losses: Mapping[str, Tensor] = {}  # named, unweighted scalars
+    record: Mapping[str, Any] = {}  # diagnostics: tensors at mixer level, lists over the layers at model level
+
+
+def check_want(want: tuple[str, ...]) -> None:
+    if isinstance(want, str) or any(name not in WANT for name in want):
+        raise ValueError(f"want={want!r}: expected a tuple with names out of {', '.join(WANT)}")
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes a sequence over time, causally. Nothing a call does is kept on the module: the state goes in and comes out."""
+
+    loss_names: tuple[str, ...] = ()  # the auxiliary losses that `want=("losses",)` returns
+
+    def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
+        """x (B, L, D), lengths (B,) real tokens of each right-padded row (None: all) -> y (B, L, D), or an Output with `want`.
+
+        A returned state stands after the last real token of each row; y at padded positions has no meaning. "in_place" allows the
+        mixer to write into the tensors of `state`: only for a caller that made the state and gives it up.
+        """
+        check_want(want)
+        out = self.mix(x, state, lengths, want)
+        if not want:
+            return out.y
+        return Output(
+            out.y,
+            out.state if "state" in want else None,
+            dict(out.losses) if "losses" in want else {},
+            dict(out.record) if "record" in want else {},
+        )
+
+    @abstractmethod
+    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
+        """The mathematics. Fields of the Output that are not in `want` may be left empty; expensive ones should be."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        """The state before the first token; None for device or dtype means that of the parameters."""
+
+    def reserve(self, state: State, n: int) -> State:
+        """The same state with room for `n` more tokens, so that "in_place" steps can write into it. States of fixed size need none."""
+        return state
+
+    def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that follow from the (averaged, unweighted) losses and deserve a name of their own."""
+        return {}

@@ -1,0 +1,217 @@
+"""The interface of a model: tokens -> logits at once, or continued from an explicit state; and the seeded initialisation.
+
+B = batch, L = length, V = vocabulary. `model(tokens, state, lengths=..., want=...)` is the only computation; `prefill`, `step`, `generate`
+and `stream` are thin callers of it, so that compile and hooks see everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lab.mixers.base import Output, State
+from lab.models.sampling import check_sampling, choose
+
+
+class SequenceModel(nn.Module, ABC):
+    max_len: int | None = None  # the longest sequence, state included; None: no limit
+    loss_names: tuple[str, ...] = ()  # the auxiliary losses that want=("losses",) returns
+    activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
+    blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        want: tuple[str, ...] = (),
+    ) -> Tensor | Output:
+        """tokens (B, L) -> logits (B, L, V), or an `Output` with what `want` names ("state", "losses", "record", "in_place").
+
+        lengths (B,): real tokens of each right-padded row; padding changes nothing at real positions, and the state stands after the
+        last real token. losses are unweighted means over layers and real tokens. source: for encoder-decoder models only.
+        """
+
+    @abstractmethod
+    def init_state(
+        self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first token: a pytree of tensors, batch first."""
+
+    def reserve(self, state: State, n: int) -> State:
+        """The same state with room for n more tokens, which "in_place" steps fill. `generate` and `stream` call it once."""
+        return state
+
+    def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that follow from the unweighted losses, as {"sync_order": 1 - losses["sync"]}."""
+        return {}
+
+    @staticmethod
+    def map_state(fn: Callable[[Tensor], Tensor], state: State) -> State:
+        """fn on every tensor of a state. `model.map_state(lambda t: t[rows], state)` selects and reorders rows."""
+        return pytree.tree_map(fn, state)
+
+    def prefill(self, tokens: Tensor, state: State = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """A chunk at once: tokens (B, L) -> logits (B, L, V) and the state after it."""
+        out = self(tokens, state, lengths=lengths, want=("state",))
+        return out.y, out.state
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token: (B,) or (B, 1) -> logits (B, V) and the next state. Pure: `state` can be continued again."""
+        out = self(token.reshape(-1, 1), state, want=("state",))
+        return out.y[:, 0], out.state
+
+    @overload
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        stop_token: int | None = ...,
+        pad_token: int = ...,
+        lengths: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+        streaming: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        stop_token: int | None = ...,
+        pad_token: int = ...,
+        lengths: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+        streaming: Literal[True],
+    ) -> Iterator[Tensor]: ...
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        pad_token: int = 0,
+        lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        streaming: bool = False,
+    ) -> Tensor | Iterator[Tensor]:
+        """prompt (B, P) -> prompt and new tokens (B, P + N), N <= max_new_tokens; with streaming=True the iterator of `stream`.
+
+        temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut to the top_k most probable and to the
+        smallest set with probability top_p. lengths (B,): prompts of unequal length, right-padded; the new tokens of a row stand right
+        after its own prompt, the rest of the row is pad_token. After stop_token a row goes on with pad_token, and generation ends when
+        all rows have stopped. The mode of the module is the caller's: call model.eval() first, or dropout stays on.
+        """
+        tokens = self.stream(
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token=stop_token,
+            pad_token=pad_token,
+            lengths=lengths,
+            generator=generator,
+        )
+        if streaming:
+            return tokens
+        new = list(tokens)
+        out = torch.cat([prompt, prompt.new_full((len(prompt), len(new)), pad_token)], dim=1)
+        if lengths is None:
+            lengths = torch.full((len(prompt),), prompt.shape[1], device=prompt.device)
+        place = torch.arange(out.shape[1], device=out.device)
+        out = torch.where(place < lengths[:, None], out, pad_token)
+        if not new:
+            return out
+        return out.scatter(1, lengths[:, None] + place[: len(new)], torch.stack(new, dim=1))
+
+    def stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        pad_token: int = 0,
+        lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate` as they come, each (B,). Arguments are checked at the call, not at the first token."""
+        check_sampling(prompt, max_new_tokens, temperature, top_k, top_p, lengths)
+        if max_new_tokens:  # the last new token is never fed back
+            longest = prompt.shape[1] if lengths is None else int(lengths.max())
+            self.check_length(longest + max_new_tokens - 1, "the prompt with max_new_tokens")
+        return self._stream(prompt, max_new_tokens, temperature, top_k, top_p, stop_token, pad_token, lengths, generator)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        stop_token: int | None,
+        pad_token: int,
+        lengths: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        if max_new_tokens == 0:
+            return
+        logits, state = self.prefill(prompt, lengths=lengths)
+        last = logits[:, -1] if lengths is None else logits[torch.arange(len(prompt), device=prompt.device), lengths - 1]
+        state = self.reserve(state, max_new_tokens - 1)
+        stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        for n in range(max_new_tokens):
+            token = choose(last, temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, pad_token)
+                stopped = stopped | (token == stop_token)
+            yield token
+            if n + 1 == max_new_tokens or (stop_token is not None and bool(stopped.all())):
+                return
+            out = self(token[:, None], state, want=("state", "in_place"))
+            last, state = out.y[:, 0], out.state
+
+    def check_length(self, length: int, what: str) -> None:
+        if self.max_len is not None and length > self.max_len:
+            raise ValueError(f"{type(self).__name__}: {what} needs length {length}, but the model was built with max_len={self.max_len}")
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Calls `reset_parameters()` of every module, each under its own random stream, seeded by (seed, the module's name).
+
+    So tensors of equal name and shape start equal in every model, whatever else the model contains. A module is reset after the
+    modules inside it and has the last word on their values. Draws on the CPU (initialise, then move); the global stream is kept.
+    """
+    elsewhere = [name for name, p in model.named_parameters() if p.device.type != "cpu"]
+    if elsewhere:
+        raise ValueError(f"initialise: {elsewhere[0]} is not on the CPU; initialise the model before moving it")
+    with torch.random.fork_rng(devices=[]):
+        for name, module in reversed(list(model.named_modules())):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+                torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+                reset()

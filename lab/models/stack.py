@@ -1,0 +1,142 @@
+"""The trunk: token embedding, learned positions, n pre-norm blocks of a mixer and an MLP, final norm, untied head.
+
+With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT).
+B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lab.layers import MLP, Embedding
+from lab.mixers.base import Mixer, Output, State, check_want
+from lab.models.base import SequenceModel
+
+
+class Block(nn.Module):
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
+
+    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(d_model)
+        self.mlp = MLP(d_model, d_ff)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
+        mixed = self.mixer(self.norm1(x), state, lengths=lengths, want=want)
+        x = x + self.dropout(mixed.y if want else mixed)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return mixed._replace(y=x) if want else x
+
+
+class Stack(SequenceModel):
+    """mixer: called as mixer(d_model=d_model) once per layer. d_ff: None means 4 d_model. dropout: on the embedding and both branches of
+    a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no limit."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        n_layers: int,
+        mixer: Callable[..., Mixer],
+        d_ff: int | None = None,
+        dropout: float = 0.0,
+        max_len: int | None = None,
+        position: Literal["learned", "none"] = "learned",
+    ) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"Stack: n_layers={n_layers} must be at least 1")
+        if position == "learned" and max_len is None:
+            raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
+        self.max_len = max_len if position == "learned" else None
+        self.embedding = Embedding(vocab_size, d_model)
+        self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff or 4 * d_model, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab_size)
+        self.loss_names = self.mixers[0].loss_names
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        want: tuple[str, ...] = (),
+    ) -> Tensor | Output:
+        check_want(want)
+        if source is not None:
+            raise ValueError("Stack is a decoder without cross-attention: it takes no source")
+        x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
+        layers = [None] * len(self.blocks) if state is None else state["layers"]
+        outputs = []
+        for block, before in zip(self.blocks, layers, strict=True):
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                out = checkpoint(block, x, before, lengths=lengths, want=want, use_reentrant=False)
+            else:
+                out = block(x, before, lengths=lengths, want=want)
+            x = out.y if want else out
+            outputs.append(out)
+        logits = self.head(self.norm(x))
+        return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
+
+    def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
+        """tokens (B, L) -> (B, L, D)"""
+        x = self.embedding(tokens)
+        if self.position is None:
+            return x
+        length = tokens.shape[1]
+        if state is None:
+            if not torch.compiler.is_compiling():
+                self.check_length(length, "the sequence")
+            return x + self.position.weight[:length]
+        if not checked and not torch.compiler.is_compiling():  # generate has checked: reading a position back each step would stall a GPU
+            end = state["position"] + (length if lengths is None else lengths)
+            self.check_length(int(end.max()), "the state with the new tokens")
+        offset = torch.arange(length, device=tokens.device)
+        place = state["position"][:, None] + offset
+        if lengths is not None:
+            place = torch.where(offset < lengths[:, None], place, 0)  # padding may reach beyond the table
+        return x + self.position(place)
+
+    def collect(
+        self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
+    ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
+        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers)."""
+        after: State = None
+        if "state" in want:
+            start = 0 if state is None else state["position"]
+            new = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device, torch.long)
+            after = {"position": start + new, "layers": [out.state for out in outputs]}
+        losses = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
+        record = {name: [out.record[name] for out in outputs] for name in outputs[0].record}
+        return after, losses, record
+
+    def init_state(
+        self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        if source is not None:
+            raise ValueError("Stack is a decoder without cross-attention: it takes no source")
+        position = torch.zeros(batch_size, dtype=torch.long, device=device or self.head.weight.device)
+        return {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
+
+    def reserve(self, state: State, n: int) -> State:
+        layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
+        return state | {"layers": layers}
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [cast(Mixer, block.mixer) for block in self.blocks]
+
+    def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.mixers[0].derived_metrics(losses)

@@ -1,0 +1,104 @@
+"""The dispatch rule: which backend computes an op.
+
+An op is one function with several backends in order of preference. `Op.choose(*args)` takes the first whose `supports(*args)` gives no
+reason against it. `with use("torch"):` forces one for all ops, `with use(kuramoto_scan="reference"):` for one, `force({...})` for the
+process (the config key `ops`); a forced backend that cannot run is an error with the reason. `used()` says what ran.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+AUTO = "auto"
+log = logging.getLogger(__name__)
+
+_forced: dict[str, str] = {}  # op -> backend; an op that is missing follows the rule
+_used: dict[str, str] = {}  # op -> backend of its last call
+_ops: dict[str, Op] = {}
+
+
+def always(*args: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., str | None] = always  # the reason why it cannot compute these arguments, or None
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op by name, its backends in order of preference. Making one registers it."""
+
+    name: str
+    backends: tuple[Backend, ...]
+    said: set[str] = field(default_factory=set, compare=False)  # backends whose absence was reported
+
+    def __post_init__(self) -> None:
+        _ops[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        backend = self.choose(*args)
+        if not torch.compiler.is_exporting():  # an exported graph must not write to a global
+            _used[self.name] = backend.name
+        return backend.run(*args)
+
+    def choose(self, *args: Any) -> Backend:
+        forced = _forced.get(self.name)
+        reasons = []
+        for backend in self.backends:
+            if forced is not None and backend.name != forced:
+                continue
+            reason = backend.supports(*args)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+            if forced is None and not torch.compiler.is_compiling() and backend.name not in self.said:
+                self.said.add(backend.name)
+                log.warning("op %s does not use backend %s: %s", self.name, backend.name, reason)
+        raise RuntimeError(f"op {self.name}: no {'' if forced is None else 'forced '}backend can compute this ({'; '.join(reasons)})")
+
+
+def ops() -> dict[str, tuple[str, ...]]:
+    """All ops, with the names of their backends in order of preference."""
+    return {name: tuple(backend.name for backend in op.backends) for name, op in _ops.items()}
+
+
+def used() -> dict[str, str]:
+    """The backend of each op's last call in this process; ops that did not run are missing."""
+    return dict(_used)
+
+
+def force(choice: Mapping[str, str]) -> None:
+    """{op: backend or "auto"} for the whole process; ops that are not named keep what they have."""
+    known = ops()
+    for op, backend in choice.items():
+        if op not in known:
+            raise ValueError(f"ops.{op}: there is no such op; the ops are {', '.join(known)}")
+        if backend != AUTO and backend not in known[op]:
+            raise ValueError(f"ops.{op}={backend}: there is no such backend; expected {', '.join((AUTO, *known[op]))}")
+    for op, backend in choice.items():
+        if backend == AUTO:
+            _forced.pop(op, None)
+        else:
+            _forced[op] = backend
+
+
+@contextmanager
+def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
+    """Forces a backend for all ops (positional) or by op (keywords) inside the block."""
+    before = dict(_forced)
+    force({**({} if backend is None else dict.fromkeys(_ops, backend)), **by_op})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)

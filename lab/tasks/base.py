@@ -1,0 +1,77 @@
+"""What every task is: a `Task` that yields a `Split` for train, val and test, whose samples come in a `Batch`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Indices: TypeAlias = "Sequence[int] | np.ndarray"
+IGNORE = -100  # a target that is not scored
+SPLITS = ("train", "val", "test")
+
+
+class Batch(NamedTuple):
+    """Right-padded rows. inputs (B, L) int64; targets (B, L) int64 with -100 where nothing is scored, or (B,) for classification."""
+
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor | None = None  # (B,) real tokens of each row; None: all L
+    source: Tensor | None = None  # (B, S), only for encoder-decoder models
+    source_lengths: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        fields = (None if x is None else x.to(device, non_blocking=True) for x in self)
+        return Batch(*fields)  # type: ignore[arg-type]
+
+
+class Split(ABC):
+    """One split. Sample i is a pure function of (task seed, split, i): no order of workers, batches or resumes can change it."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Indices) -> Batch: ...
+
+
+class Task(ABC):
+    """The base of all tasks. `vocab_size` and `seq_len` (the longest training input) are what a model is built for."""
+
+    vocab_size: int
+    seq_len: int
+    prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
+    free_samples: int = 0  # rows that validation decodes freely; lab-eval decodes all
+    eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports
+
+    @abstractmethod
+    def split(self, name: str, scale: int = 1) -> Split:
+        """The split `train`, `val` or `test`; `scale` gives inputs of scale * seq_len, where the task can make them."""
+
+    def describe(self) -> str:
+        """One line about the data, printed before training."""
+        return f"{type(self).__name__}: {len(self.split('train')):,} training samples of length {self.seq_len}"
+
+
+def random_integers(seed: int, stream: str, indices: np.ndarray, n: int, low: int, high: int) -> np.ndarray:
+    """n integers in [low, high) for each index, a pure function of (seed, stream, index): splitmix64 of a counter.
+
+    indices (B,) int64 -> (B, n) int64. Counter-based, so that a batch of any rows costs one vectorised expression and row i
+    never depends on which other rows were asked for. The bias of the modulus is below (high - low) / 2^64.
+    """
+    key = np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, np.uint64)[0]
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64
+        counter = indices.astype(np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64)
+        return (_mix(_mix(counter ^ key) + key) % np.uint64(high - low)).astype(np.int64) + low
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """The splitmix64 generator's output function (Steele, Lea and Flood, OOPSLA 2014)."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,86 @@
+"""Checkpoint files: written atomically, read without executing code, and complete: the random states are in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric.plugins import CheckpointIO
+
+from lab.training.run import RunError, sync_folder
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes beside the target, syncs and renames: a crash at any moment leaves the old file or the new one, never half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of lab, on the CPU; tensors and plain containers only. RunError where the file is missing, truncated or foreign."""
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path}: there is no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise RunError(f"{path} is not a checkpoint, or only the beginning of one ({path.stat().st_size:,} bytes)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path} holds more than tensors and plain values, and is not loaded: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "lab" not in checkpoint:
+        raise RunError(f"{path} is not a checkpoint of lab: it lacks the entry 'lab' with the config of its run")
+    return checkpoint
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every global generator, as tensors and plain containers (a numpy array would not load with weights_only)."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": list(random.getstate()),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))

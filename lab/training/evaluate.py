@@ -1,0 +1,131 @@
+"""`evaluate_run`: the scores of a stored model on a split, by everything that the run's own config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lab import ops
+from lab.config import ConfigError, compose, first_difference
+from lab.models import SequenceModel
+from lab.tasks import EvalLoader, Task
+from lab.tasks.base import SPLITS
+from lab.training.load import find_checkpoint, load_checkpoint
+from lab.training.run import Run, RunError, environment, write_json
+
+OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
+ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.OPS))
+
+
+def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> dict[str, Any]:
+    """Evaluates a run or a checkpoint; writes eval/<split>-<checkpoint>.json and metrics.json, and returns what they hold.
+
+    overrides: split (default test), checkpoint (best), and the keys of ALLOWED. config_file: a config that must not contradict the
+    run's own. Raises RunError or ConfigError.
+    """
+    own, of_the_run = _sort(overrides)
+    path = find_checkpoint(target, own["checkpoint"])
+    loaded = load_checkpoint(path, trust, of_the_run)
+    if config_file is not None:
+        difference = first_difference(compose(["--config", config_file]).stored, loaded.identity["config"])
+        if difference:
+            raise ConfigError(f"--config {config_file} contradicts the run: {difference}; lab-eval uses the run's own config")
+    trainer, task = loaded.config["trainer"], loaded.task
+    model = loaded.model.to(_device(trainer["accelerator"]))
+
+    def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
+        return score(model, task, own["split"], scale, trainer["batch_size"], trainer["num_workers"])
+
+    metrics, by_position = measure(1)
+    by_length: dict[str, Any] = {}
+    for scale in task.eval_lengths:
+        length = task.seq_len * scale
+        if model.max_len is not None and length > model.max_len:
+            by_length[str(length)] = f"not applicable (max_len {model.max_len})"
+        else:
+            by_length[str(length)] = metrics if scale == 1 else measure(scale)[0]
+    document = metrics_document(
+        model,
+        loaded.identity,
+        checkpoint=path.stem,
+        split=own["split"],
+        step=loaded.step,
+        seed=loaded.config["seed"],
+        metrics=metrics,
+        by_position=by_position,
+        by_length=by_length,
+    )
+    run = Run(path.parent.parent)
+    if run.exists():
+        write_json(run.path / "eval" / f"{own['split']}-{path.stem}.json", document)
+        write_json(run.path / "metrics.json", document)
+    else:
+        write_json(path.with_name(f"{path.stem}.{own['split']}.json"), document)
+    return document
+
+
+def score(
+    model: SequenceModel, task: Task, split: str, scale: int, batch_size: int, num_workers: int
+) -> tuple[dict[str, float], list[float | None]]:
+    """(metrics, accuracy by position) of a model in eval mode on a whole split, free-running decoding of every row included."""
+    from lab.analysis.metrics import Evaluation
+
+    samples = task.split(split, scale)
+    device = next(model.parameters()).device
+    evaluation = Evaluation(task, model, free_samples=len(samples), scale=scale).to(device)
+    with torch.inference_mode():
+        for batch in EvalLoader(samples, batch_size, num_workers=num_workers):
+            evaluation.update(model, batch.to(device))
+        return evaluation.compute(model)
+
+
+def metrics_document(
+    model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int, seed: int, metrics: Mapping[str, float],
+    by_position: list[float | None], by_length: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """metrics.json: one schema for every task."""
+    return {
+        "task": identity["choices"]["task"],
+        "model": identity["choices"]["model"],
+        "checkpoint": checkpoint,
+        "split": split,
+        "step": step,
+        "params": sum(p.numel() for p in model.parameters()),
+        "metrics": dict(metrics),
+        "by_length": dict(by_length or {}),
+        "by_position": by_position,
+        "config_hash": identity["config_hash"],
+        "code_version": identity["code_version"],
+        "git_commit": identity["git_commit"],
+        "seed": seed,
+        "backends": ops.used(),
+        "env": environment(),
+    }
+
+
+def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """lab-eval's own options, and the overrides of the run's config; a key that would change what was trained is refused."""
+    own, of_the_run = {"split": "test", "checkpoint": "best"}, []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key in OWN:
+            if value not in OWN[key]:
+                raise ConfigError(f"{key} must be one of {', '.join(OWN[key])}, got {value!r}")
+            own[key] = value
+        elif key in ALLOWED:
+            of_the_run.append(word)
+        else:
+            raise ConfigError(f"{key} cannot change in lab-eval, the run's own config decides; allowed are {', '.join((*OWN, *ALLOWED))}")
+    return own, of_the_run
+
+
+def _device(accelerator: str) -> torch.device:
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        if not torch.cuda.is_available():
+            raise RunError("trainer.accelerator=gpu: torch finds no GPU here; trainer.accelerator=cpu evaluates on the CPU")
+        return torch.device("cuda")
+    return torch.device(accelerator)

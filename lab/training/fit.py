@@ -1,0 +1,164 @@
+"""`fit`: a pl.Trainer from the settings, and what becomes of the run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+
+from lab import ops
+from lab.config import check_late, config_hash
+from lab.tasks import EvalLoader, TrainLoader
+from lab.training.callbacks import Checkpoints
+from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from lab.training.evaluate import metrics_document
+from lab.training.experiment import Experiment, build_node
+from lab.training.loggers import JsonLines
+from lab.training.module import LabModule
+from lab.training.run import Interrupted, Run, RunError, code_version, write_json
+
+
+def fit(
+    run: Run, experiment: Experiment, stored: dict[str, Any], trust: list[str] | None, extra_callbacks: Sequence[pl.Callback] = ()
+) -> None:
+    """Trains from the run's last checkpoint, or from the start, to max_steps. Writes job.json and metrics.json.
+
+    stored: the config with its environment variables unresolved, as it goes into each checkpoint. extra_callbacks: from Python.
+    """
+    check_late(stored)
+    _quiet()
+    first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
+    checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
+    module = _module(run, experiment, stored)
+    trainer = _trainer(run, experiment, [*_callbacks(experiment, trust), *extra_callbacks, checkpoints], trust, first_step)
+    loaders = _loaders(experiment, trainer)
+    if trainer.is_global_zero:
+        _say_what_starts(run, experiment, first_step)
+    with ops.use(**{op: backend for op, backend in experiment.ops.items() if backend != "auto"}), _job(run, trainer):
+        trainer.fit(module, *loaders, ckpt_path=run.last if first_step else None)
+        if trainer.is_global_zero:
+            _finish(run, experiment, module, checkpoints)
+
+
+def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabModule:
+    hparams = run.hparams()
+    identity = {name: hparams[name] for name in ("choices", "git_commit")}
+    identity |= {"config": dict(stored), "config_hash": config_hash(stored), "code_version": code_version()}
+    settings, model = experiment.trainer, experiment.model
+    model.activation_checkpointing = settings.activation_checkpointing
+    if settings.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return LabModule(
+        model, experiment.task, experiment.optimizer, experiment.weights, settings, experiment.max_steps, experiment.seed, identity
+    )
+
+
+def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callback]:
+    callbacks = [build_node(f"callbacks.{name}", node, trust) for name, node in (experiment.callbacks or {}).items() if node]
+    if experiment.trainer.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=experiment.trainer.ema))
+    return callbacks
+
+
+def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback], trust: list[str] | None, first_step: int) -> pl.Trainer:
+    settings = experiment.trainer
+    loggers = [JsonLines(run.path, first_step)]
+    if experiment.logger:
+        loggers.append(build_node("logger", experiment.logger, trust).build(run.path, first_step))
+    has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    trainer = pl.Trainer(
+        max_steps=experiment.max_steps,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        deterministic=settings.deterministic,
+        val_check_interval=settings.val_every,
+        check_val_every_n_epoch=None,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run.path,
+        enable_progress_bar=has_bar,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    # Filling every new tensor with NaN is a debugging aid that deterministic mode switches on; the kernels here write all they read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return trainer
+
+
+def _loaders(experiment: Experiment, trainer: pl.Trainer) -> tuple[TrainLoader, EvalLoader]:
+    settings, task = experiment.trainer, experiment.task
+    place: dict[str, Any] = {
+        "rank": trainer.global_rank, "world": trainer.world_size, "num_workers": settings.num_workers,
+        "pin_memory": trainer.strategy.root_device.type == "cuda",
+    }  # fmt: skip
+    train = TrainLoader(task.split("train"), settings.batch_size, settings.accumulate, experiment.max_steps, experiment.seed, **place)
+    return train, EvalLoader(task.split("val"), settings.batch_size, **place)
+
+
+@contextmanager
+def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
+    """job.json from `running` to what it came to. Only the process that holds the lock writes it."""
+    if not trainer.is_global_zero:
+        yield
+        return
+    run.write_job("running", reason=None)
+    try:
+        yield
+    except Interrupted as error:
+        run.write_job("interrupted", reason=str(error), step=trainer.global_step)
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        run.write_job("interrupted", reason=f"stopped at once in step {trainer.global_step + 1}", step=trainer.global_step)
+        raise Interrupted(
+            f"stopped at once in step {trainer.global_step + 1}; the last checkpoint is what is kept", signal.SIGINT
+        ) from None
+    except BaseException as error:
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # a full disk: without a word in job.json the run still reads as interrupted
+            run.write_job("failed", reason=reason, step=trainer.global_step)
+        if isinstance(error, OSError):
+            raise RunError(f"{run.path}: {error}; after mending it, the same command with run_dir={run.path} goes on") from error
+        raise
+    run.write_job("done", step=trainer.global_step)
+
+
+def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:
+    best = checkpoints.best
+    document = metrics_document(
+        module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
+        metrics=best["metrics"], by_position=best["by_position"],
+    )  # fmt: skip
+    write_json(run.path / "metrics.json", document)
+    print(f"done: {run.path}  (best by validation: step {best['step']}, ce_loss {best['metrics']['ce_loss']:.4g})")
+
+
+def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
+    parameters = sum(p.numel() for p in experiment.model.parameters())
+    print(f"run:   {run.path}")
+    print(f"task:  {experiment.task.describe()}")
+    print(f"model: {type(experiment.model).__name__}, {parameters:,} parameters")
+    print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
+
+
+def _quiet() -> None:
+    """Lightning's advice and adverts are not news of the run."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.13

@@ -1,0 +1,63 @@
+"""`lab.load`: a trained model from a run or a checkpoint, without executing code that the file brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lab.config import check, override, resolve
+from lab.models import SequenceModel
+from lab.tasks import Task
+from lab.training.checkpoint import read_checkpoint
+from lab.training.experiment import prepare
+from lab.training.run import Run, RunError
+
+
+class Loaded(NamedTuple):
+    model: SequenceModel
+    task: Task
+    config: dict[str, Any]  # resolved
+    identity: dict[str, Any]  # the entry "lab" of the checkpoint
+    step: int
+
+
+def load(target: str | Path, checkpoint: str = "best", trust: Sequence[str] = ()) -> tuple[SequenceModel, Task, dict[str, Any]]:
+    """(model in eval mode on the CPU, task, resolved config) of a run folder or a checkpoint file.
+
+    checkpoint: `best` (by validation) or `last`, for a run. trust: prefixes of `_target_` beside lab's own that may be built, such
+    as "mypackage."; a config is code, and a run may come from anywhere. Raises RunError or ConfigError in one sentence.
+    """
+    loaded = load_checkpoint(find_checkpoint(target, checkpoint), list(trust))
+    return loaded.model, loaded.task, loaded.config
+
+
+def find_checkpoint(target: str | Path, checkpoint: str = "best") -> Path:
+    """The checkpoint file that a run folder or a file name stands for."""
+    path = Path(target)
+    if path.is_file():
+        return path.resolve()
+    run = Run.open(path)
+    file = run.checkpoints / f"{checkpoint}.ckpt"
+    if not file.exists():
+        job = run.job()
+        status = f"it is {job['status']}: {job.get('reason') or 'no reason given'}" if job else "it has not begun"
+        raise RunError(f"{path} has no checkpoint {file.name}; {status}")
+    return file
+
+
+def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ()) -> Loaded:
+    """overrides: values that replace those of the stored config, for lab-eval's own options."""
+    checkpoint = read_checkpoint(path)
+    identity = checkpoint["lab"]
+    config = resolve(override(identity["config"], list(overrides)))
+    check(config, trust=trust)
+    experiment = prepare(config, trust)
+    weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+    try:
+        experiment.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"{path}: its weights do not fit the model of its config in this version of lab: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return Loaded(experiment.model.eval(), experiment.task, config, identity, checkpoint["global_step"])

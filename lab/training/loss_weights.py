@@ -1,0 +1,53 @@
+"""The weights of the auxiliary losses: a number each, or a number with a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from lab.config import ConfigError
+
+Schedule = Literal["off", "ramp", "plateau"]
+
+
+@dataclass(frozen=True)
+class LossWeight:
+    """`off` holds the value; `ramp` rises to it linearly over the first ramp_steps; `plateau` also falls back to 0 over the last."""
+
+    value: float
+    schedule: Schedule = "off"
+    ramp_steps: int = 0
+
+    def at(self, step: int, max_steps: int) -> float:
+        """The weight at a step (0-based)."""
+        factor = 1.0
+        if self.schedule != "off" and self.ramp_steps:
+            factor = min(1.0, step / self.ramp_steps)
+            if self.schedule == "plateau":
+                factor = min(factor, (max_steps - 1 - step) / self.ramp_steps)
+        return self.value * max(factor, 0.0)
+
+
+def parse_loss_weights(node: Mapping[str, Any], loss_names: tuple[str, ...], model: str) -> dict[str, LossWeight]:
+    """The node loss_weights against the losses that the model declares; a loss without a weight gets 0 and is logged all the same."""
+    weights = {name: LossWeight(0.0) for name in loss_names}
+    for name, value in node.items():
+        if name not in loss_names:
+            near = get_close_matches(name, loss_names, n=1)
+            has = f"it has {', '.join(loss_names)}" if loss_names else "it has none"
+            raise ConfigError(
+                f"loss_weights.{name}: {model} has no auxiliary loss {name!r}; {has}" + (f" (did you mean {near[0]}?)" if near else "")
+            )
+        parts = value if isinstance(value, Mapping) else {"value": value}
+        for key in parts:
+            if key not in LossWeight.__dataclass_fields__:
+                raise ConfigError(f"loss_weights.{name}.{key}: unknown; a weight is a number or {{value, schedule, ramp_steps}}")
+        weight = LossWeight(**parts)
+        if weight.schedule not in get_args(Schedule):
+            raise ConfigError(f"loss_weights.{name}.schedule must be one of {', '.join(get_args(Schedule))}, got {weight.schedule!r}")
+        if weight.schedule != "off" and weight.ramp_steps < 1:
+            raise ConfigError(f"loss_weights.{name}.ramp_steps must be at least 1 with schedule {weight.schedule}, got {weight.ramp_steps}")
+        weights[name] = weight
+    return weights

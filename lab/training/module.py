@@ -1,0 +1,189 @@
+"""The LightningModule: cross-entropy plus weighted auxiliary losses, one optimiser step per window of micro-batches.
+
+Optimisation is Lightning's "manual" mode, because a window (see lab/tasks/loader.py) is what makes an optimiser step: the
+cross-entropy is averaged over the scored tokens of the whole window on all ranks, which no single micro-batch knows.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lab.analysis.finite import first_non_finite
+from lab.analysis.metrics import Evaluation, cross_entropy
+from lab.models import SequenceModel
+from lab.tasks import Batch, Task
+from lab.tasks.base import IGNORE
+from lab.training.checkpoint import random_states, restore_random_states, seed_everything
+from lab.training.loss_weights import LossWeight
+from lab.training.optimizer import AdamW
+from lab.training.run import RunError
+from lab.training.settings import Settings
+
+
+class LabModule(pl.LightningModule):
+    """A model with what trains it. `identity` is stored in each checkpoint as the entry "lab": config, choices, hashes, versions."""
+
+    def __init__(
+        self, model: SequenceModel, task: Task, optimizer: AdamW, weights: dict[str, LossWeight], settings: Settings, max_steps: int,
+        seed: int, identity: dict[str, Any],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.task, self.optimizer, self.weights, self.settings = model, task, optimizer, weights, settings
+        self.max_steps, self.seed, self.identity = max_steps, seed, identity
+        self.evaluation = Evaluation(task, model, task.free_samples)
+        self.by_position: list[float | None] = []  # of the last validation
+        self.received_signal = 0  # by this process
+        self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
+        self.grad_norm: Tensor | None = None
+        self._stored_states: list[dict[str, Any]] = []  # from a checkpoint, until training starts
+        self._clock = time.perf_counter()
+        self._tokens = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimizer.build(self.model, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # ------------------------------------------------------------------ a step
+
+    def training_step(self, window: list[Batch], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        scored = self._agree(sum((batch.targets != IGNORE).sum() for batch in window))  # type: ignore[arg-type]
+        log = (self.global_step + 1) % self.settings.log_every == 0 or self.global_step + 1 == self.max_steps
+        sums: dict[str, Tensor] = {}
+
+        def closure() -> None:
+            optimizer.zero_grad()
+            for i, batch in enumerate(window):
+                last = i == len(window) - 1
+                with nullcontext() if last else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                    loss, parts = self._loss(batch, scored, len(window), exact_match=log)
+                    if not torch.isfinite(loss):
+                        self._stop_non_finite(batch, loss)
+                    self.manual_backward(loss)
+                for name, value in parts.items():
+                    sums[name] = sums[name] + value if name in sums else value
+
+        optimizer.step(closure)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._tokens += sum(batch.inputs.numel() for batch in window) * self.trainer.world_size
+        if log:
+            self._log_step(sums)
+
+    def _loss(self, batch: Batch, scored: Tensor, n_micro: int, exact_match: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window.
+
+        DDP averages gradients over ranks, so the share of a rank is scaled by their number.
+        """
+        world = self.trainer.world_size
+        out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
+        ce = cross_entropy(out.y, batch.targets).sum() / scored * world
+        losses = {name: value / n_micro for name, value in out.losses.items()}
+        total = ce
+        for name, value in losses.items():
+            weight = self.weights[name].at(self.global_step, self.max_steps)
+            if weight:
+                total = total + weight * value
+        parts = {"loss": total.detach(), "ce_loss": ce.detach()} | {name: value.detach() for name, value in losses.items()}
+        if exact_match:
+            right = (out.y.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
+            parts["exact_match"] = right.all(1).float().mean() / n_micro
+        return total, parts
+
+    def _agree(self, scored: Tensor) -> Tensor:
+        """The number of scored tokens over all ranks; with it travels the signal that any of them has received."""
+        if self.trainer.world_size == 1:
+            self.stop_signal = self.received_signal
+            return scored
+        gathered: Any = self.all_gather(torch.stack([scored, torch.full_like(scored, self.received_signal)]))
+        self.stop_signal = int(gathered[:, 1].max())
+        return gathered[:, 0].sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are complete, synced and unscaled here. The norm is measured always, and clipped if asked for."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.settings.grad_clip if self.settings.grad_clip is not None else float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not torch.isfinite(self.grad_norm) and self.settings.precision != "16-mixed":  # whose scaler skips such a step
+            name = next(n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+            raise RunError(
+                f"the gradient is not finite at step {self.global_step + 1}, first in {name}, while the loss still is; try a lower optimizer.lr"
+            )
+
+    def _stop_non_finite(self, batch: Batch, loss: Tensor) -> None:
+        with torch.no_grad():
+            where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
+        raise RunError(
+            f"the loss is {float(loss)} at step {self.global_step + 1}; the first non-finite value is in {where}; try a lower optimizer.lr"
+        )
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation.reset(self.trainer.world_size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation.update(self.model, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        metrics, self.by_position = self.evaluation.compute(self.model)
+        weighted = sum(weight.at(self.global_step, self.max_steps) * metrics[name] for name, weight in self.weights.items())
+        metrics = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(metrics, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser
+        self._write(metrics)
+        self._clock, self._tokens = time.perf_counter(), 0  # validation does not count as training time
+
+    # ------------------------------------------------------------------ logs
+
+    def _log_step(self, sums: dict[str, Tensor]) -> None:
+        """Once every log_every steps, from tensors that are there anyway: `self.log` in each would cost more than a small model's step."""
+        if self.trainer.world_size > 1:
+            gathered: dict[str, Any] = {name: self.all_gather(value) for name, value in sums.items()}
+            sums = {name: values.mean() for name, values in gathered.items()}
+        metrics = {f"train/{name}": float(value) for name, value in sums.items()}
+        derived = self.model.derived_metrics({name: sums[name] for name in self.weights})
+        metrics |= {f"train/{name}": float(value) for name, value in derived.items()}
+        metrics["train/grad_norm"] = float(self.grad_norm) if self.grad_norm is not None else 0.0
+        schedule: Any = self.lr_schedulers()
+        metrics["train/lr"] = schedule.get_last_lr()[0]
+        elapsed = time.perf_counter() - self._clock
+        metrics["train/tokens_per_second"] = self._tokens / max(elapsed, 1e-9)
+        if self.settings.log_layer_grad_norms:
+            for i, block in enumerate(self.model.blocks):
+                norms = [p.grad.norm() for p in block.parameters() if p.grad is not None]
+                metrics[f"grad_norm/block_{i}"] = float(torch.stack(norms).norm())
+        self._write(metrics)
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+
+    # ------------------------------------------------------------------ start, checkpoints
+
+    def on_train_start(self) -> None:
+        """Sets the random states right before the first step: what Lightning draws while it starts up does not count."""
+        rank = self.trainer.global_rank
+        if len(self._stored_states) == self.trainer.world_size:
+            restore_random_states(self._stored_states[rank])
+        else:
+            seed_everything(self.seed + self.global_step + rank)
+        self._stored_states = []
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lab"] = self.identity
+        states = [random_states()]
+        if self.trainer.world_size > 1:
+            states *= self.trainer.world_size
+            torch.distributed.all_gather_object(states, states[0])
+        checkpoint["random_states"] = states  # of each rank
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._stored_states = checkpoint["random_states"]

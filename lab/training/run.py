@@ -1,0 +1,274 @@
+"""A run is a folder under runs/: its config, what became of it, its metrics and its checkpoints.
+
+    config.yaml       the resolved config; together with the seed it is the experiment
+    hparams.yaml      choices, command, code version, git commit, package versions
+    git_diff.patch    what the work tree had beside that commit, if anything
+    job.json          status (running, done, failed, interrupted), the reason, the step
+    metrics.jsonl     one row per log or validation step
+    metrics.json      the latest evaluation
+    checkpoints/      last.ckpt to resume from, best.ckpt by validation; checkpoint.pt links to the best
+    eval/             what lab-eval wrote
+
+One process writes a run: it holds a lock on the folder, which the kernel drops when the process dies. A job that says
+`running` without a held lock was therefore killed, and reads as interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lab.config import Composed, ConfigError, config_hash
+
+PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
+
+
+class RunError(Exception):
+    """Something is wrong with a run: one sentence for the user."""
+
+
+class Interrupted(RunError):
+    """The run was told to stop by a signal, saved its state and stopped; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Run:
+    """A run folder. Reading needs no lock; writing is done within `writer`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._writing = False
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run; RunError where the folder is not one."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"{path}: there is no such run folder")
+        if not run.exists():
+            raise RunError(f"{path}: not a run folder, it has no config.yaml")
+        return run
+
+    def exists(self) -> bool:
+        return (self.path / "config.yaml").is_file()
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    # ------------------------------------------------------------------ what is stored
+
+    def config(self) -> dict[str, Any]:
+        return self._yaml("config.yaml")
+
+    def hparams(self) -> dict[str, Any]:
+        return self._yaml("hparams.yaml")
+
+    def job(self) -> dict[str, Any]:
+        """job.json, its status corrected by the lock: {} if the run has not begun."""
+        try:
+            job = json.loads((self.path / "job.json").read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunError(f"{self.path / 'job.json'} is not valid JSON: {error}") from error
+        if job["status"] == "running" and not self.locked():
+            job |= {"status": "interrupted", "reason": "the process ended without a word (killed, or the machine stopped)"}
+        return job
+
+    def write_job(self, status: str, **more: Any) -> None:
+        path = self.path / "job.json"
+        job = json.loads(path.read_text()) if path.exists() else {}
+        if status == "running":
+            job = {"started": now(), "pid": os.getpid(), "host": socket.gethostname()}
+        else:
+            job["ended"] = now()
+        write_json(path, job | {"status": status} | more)
+
+    def write_config(self, composed: Composed) -> None:
+        """config.yaml last: it is what makes the folder a run."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        commit, patch = git_state()
+        if patch:
+            write_text(self.path / "git_diff.patch", patch)
+        hparams = {
+            "choices": composed.choices,
+            "command": " ".join(["lab-train", *composed.overrides]),
+            "config_hash": config_hash(composed.stored),
+            "code_version": code_version(),
+            "git_commit": commit,
+            "git_dirty": bool(patch),
+            "seed": composed.config["seed"],
+            "created": now(),
+            "env": environment(),
+        }
+        write_text(self.path / "hparams.yaml", yaml.safe_dump(hparams, sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(composed.stored, sort_keys=False))
+
+    def write_resumed(self, stored: dict[str, Any], overrides: list[str]) -> None:
+        """The config that a resume changed, and a note of it beside the first command."""
+        hparams = self.hparams()
+        hparams["resumed"] = [*hparams.get("resumed", []), {"at": now(), "with": overrides}]
+        write_text(self.path / "hparams.yaml", yaml.safe_dump(hparams, sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(stored, sort_keys=False))
+
+    def clear(self) -> None:
+        """Removes what a run wrote, and nothing else that may lie in the folder."""
+        for name in ("checkpoints", "eval"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for pattern in ("*.yaml", "*.json", "*.jsonl", "*.patch", "checkpoint.pt", "events.out.tfevents.*"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def _yaml(self, name: str) -> dict[str, Any]:
+        try:
+            return yaml.safe_load((self.path / name).read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path / name} is missing: the run folder is not complete") from None
+        except yaml.YAMLError as error:
+            raise RunError(f"{self.path / name} is not valid YAML: {error}") from error
+
+    # ------------------------------------------------------------------ the lock
+
+    @contextmanager
+    def writer(self, exclusive: bool = True) -> Iterator[bool]:
+        """Within it this process is the one writer of the folder: RunError if another one is. Yields `exclusive`.
+
+        exclusive=False is for the processes of further devices, which write beside the one that holds the lock.
+        """
+        if not exclusive:
+            yield False
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise RunError(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            # A forked loader worker would keep the lock for seconds after a kill -9 of its parent; closing its copy frees nothing here.
+            os.register_at_fork(after_in_child=lock.close)
+            self._writing = True
+            try:
+                yield True
+            finally:
+                self._writing = False
+
+    def locked(self) -> bool:
+        """Whether any process holds the lock."""
+        if self._writing:
+            return True
+        with suppress(FileNotFoundError), (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
+
+# ---------------------------------------------------------------------- small things that a run stores
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: readers see the old file or the new one, and a crash leaves one of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename in the folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def new_run_path(composed: Composed) -> Path:
+    """runs/<experiment>/<date>_<time>_<config_hash>; without an experiment runs/<model>_<task>/..."""
+    name = composed.choices["experiment"]
+    if name == "none":
+        name = f"{composed.choices['model']}_{composed.choices['task']}"
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    path = Path("runs") / name / f"{stamp}_{config_hash(composed.stored)}"
+    for n in range(2, 1000):  # the same job twice in one second
+        if not path.exists():
+            return path
+        path = path.with_name(f"{stamp}_{config_hash(composed.stored)}_{n}")
+    raise ConfigError(f"{path.parent} has a thousand runs of this very second")
+
+
+def code_version() -> str:
+    """8 hex digits of the content of the package and its native sources: two runs that differ here ran different code."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    sources = [*package.rglob("*.py"), *(package.parent / "csrc").rglob("*.[ch]*")]
+    for file in sorted(sources):
+        digest.update(str(file.relative_to(package.parent)).encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def git_state() -> tuple[str | None, str]:
+    """The commit of the current folder's repository and the difference of its work tree to it; (None, "") outside of one."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], capture_output=True, text=True, errors="replace", timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None, ""
+    return commit.strip(), (git("diff", "HEAD") or "")[:PATCH_LIMIT]
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine, for hparams.yaml and metrics.json."""
+    names = ("lab", "torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy")
+    versions = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **versions, "platform": platform.platform()}
