@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: str, body: Callable[[], None]) -> int:
-    """The exit code of a command. A mistake of the user, or a run that failed with a reason, is one line on stderr; a bug is a traceback."""
+    """The exit code of a command. What the user can mend, or a run that says why it failed, is one line on stderr; a bug is a traceback."""
     from lab.config import ConfigError
     from lab.training.run import Interrupted, RunError
 

@@ -36,7 +36,7 @@ def _parser() -> Parser:
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, or a checkpoint file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="how to evaluate: split, checkpoint, task.eval_lengths, ...")
     parser.add_argument("--config", metavar="FILE", help="the experiment that the run should be of; an error where it is not")
-    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the config may call; repeatable")
+    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
     return parser
 
 

@@ -42,7 +42,7 @@ def _parser() -> Parser:
     parser.add_argument("--package", "-p", metavar="KEY", help="with --cfg: only this node")
     parser.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # Hydra's; here the config is always resolved
     parser.add_argument("--explain", metavar="KEY", help="print each file and word that sets this key, and exit")
-    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="with resume=: a module of yours that the run may call")
+    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="with resume=: a module that the run may call")
     parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hydra-help", action="store_true", help="Hydra's own help: its grammar, its flags")
     return parser
@@ -98,14 +98,13 @@ def _print_config(words: list[str], package: str | None) -> None:
     found = lookup(config, tuple(package.split("."))) if package else (config,)
     if found is None:
         raise ConfigError(f"--package {package}: there is no such key{hint(str(package), (dotted(key) for key, _ in places(config)))}")
-    (node,) = found
-    print(OmegaConf.to_yaml(OmegaConf.create(node)) if isinstance(node, dict | list) else node, end="" if isinstance(node, dict | list) else "\n")
+    print(OmegaConf.to_yaml(OmegaConf.create({"value": found[0]}).value) if isinstance(found[0], dict | list) else found[0])
 
 
 def _hydra_help() -> None:
     from hydra._internal.utils import get_args_parser
 
-    print("lab-train composes its config with Hydra and takes its grammar of overrides; of the flags below it takes --cfg job and --package.\n")
+    print("lab-train composes its config with Hydra and takes its overrides; of these flags it takes --cfg job, --package and --resolve.\n")
     get_args_parser().print_help()
 
 

@@ -1,10 +1,10 @@
 """The configuration: compose it from words, check it, build what it describes, say where a value comes from, compare two of them."""
 
-from lab.config.build import build
-from lab.config.check import check, check_late
-from lab.config.compose import Composed, compose, override, resolve
+from lab.config.targets import build
+from lab.config.validation import check, check_late
+from lab.config.composition import Composed, compose, override, resolve
 from lab.config.errors import ConfigError
-from lab.config.explain import explain
+from lab.config.explanation import explain
 from lab.config.identity import config_hash, first_difference
 
 __all__ = [

@@ -16,7 +16,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lab.config import files
@@ -78,7 +78,8 @@ def _hydra(request: Request) -> Iterator[tuple[ConfigLoader, list[str]]]:
 def _hydra_compose(request: Request) -> tuple[DictConfig, dict[str, str]]:
     with _hydra(request) as (_, overrides):
         config = hydra.compose(PRIMARY, overrides, return_hydra_config=True)
-    chosen = {key: option for key, option in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
+    choices = config.hydra.runtime.choices
+    chosen = {key: option for key, option in choices.items() if isinstance(option, str) and not key.startswith("hydra/")}
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     return config, chosen
@@ -107,61 +108,55 @@ class Entry(NamedTuple):
 
 def _diagnose(request: Request) -> None:
     """Raises the ConfigError that names the file or word at fault; returns if all of them look right."""
-    experiment = request.choices.get("experiment")
-    overriding = []
-    if experiment is not None:
-        overriding = _entries(files.option_file(request.options, "experiment", experiment, SHELL))
-    wanted = {e.key: e.option for e in overriding if e.override} | request.choices
-    walked: list[tuple[Path, list[Entry]]] = []
-    queue = [_primary(), *(files.option_file(request.options, k.partition("@")[0], o, SHELL) for k, o in request.choices.items())]
-    for file in queue:  # grows while it is walked
-        entries = _entries(file)
-        walked.append((file, entries))
-        for entry in entries:
-            if not entry.absolute and file != _primary():
-                if entry.group in request.options:
-                    raise ConfigError(f"{entry.text} ({files.show(file)}): write `override /{entry.key}: {entry.option}`, with the slash")
-                continue
-            option = entry.option if entry.override else wanted.get(entry.key, entry.option)
-            found = files.option_file(request.options, entry.group, option, files.show(file))
-            if found not in queue:
-                queue.append(found)
+    options = request.options
+    asked = [(key, files.option_file(options, key.partition("@")[0], option, SHELL)) for key, option in request.choices.items()]
+    experiments = [file for key, file in asked if key == "experiment"]
+    wanted = {e.key: e.option for file in experiments for e in _entries("experiment", file) if e.override} | request.choices
     known = _known_keys(request, wanted)
-    for file, entries in walked:
+    queue = [("", _primary()), *((key.partition("@")[0], file) for key, file in asked)]
+    for group, file in queue:  # grows while it is walked
+        where = files.show(file)
+        entries = _entries(group, file)
         for entry in entries:
+            if group and not entry.absolute and entry.group in options:
+                raise ConfigError(f"{entry.text} ({where}): write `override /{entry.key}: {entry.option}`, with the slash")
             if entry.override and entry.key not in known:
-                raise ConfigError(f"{entry.text} ({files.show(file)}): no defaults list has {entry.key} to override{_instead(entry.key, known)}")
-            if not entry.override and "experiments" in file.parts and entry.key in known:
-                raise ConfigError(f"{entry.text} ({files.show(file)}): write `override /{entry.key}: {entry.option}`")
-        overrides = [entry.override for entry in entries]
-        if overrides != sorted(overrides):
-            raise ConfigError(f"defaults ({files.show(file)}): lines with `override` must come last")
+                raise ConfigError(f"{entry.text} ({where}): no defaults list has {entry.key} to override{_instead(entry.key, known)}")
+            if group == "experiment" and not entry.override and entry.key in known and entry.key != group:
+                raise ConfigError(f"{entry.text} ({where}): write `override /{entry.key}: {entry.option}`, the defaults have one already")
+            if entry.override or entry.key not in wanted or entry.key == group:
+                found = (entry.group, files.option_file(options, entry.group, entry.option, where, entry.key))
+                queue += [found] if found not in queue else []
+        if (overrides := [entry.override for entry in entries]) != sorted(overrides):
+            raise ConfigError(f"defaults ({where}): lines with `override` must come last")
     for key, option in request.choices.items():
         if key not in known:
-            raise ConfigError(f"{key}={option} ({SHELL}): {key} is not chosen by this config{_instead(key, known)}")
+            raise ConfigError(f"{key}={option} ({SHELL}): no defaults list has {key}{_instead(key, known, f'={option}')}")
 
 
-def _entries(file: Path) -> list[Entry]:
-    """The lines of a file's defaults list that choose an option of a group."""
-    defaults = files.load(file).get("defaults") or []
-    if not isinstance(defaults, ListConfig):
+def _entries(group: str, file: Path) -> list[Entry]:
+    """The lines of a file's defaults list that choose an option; a plain name is another option of the file's own group."""
+    lines = OmegaConf.to_container(files.load(file), resolve=False).get("defaults") or []  # type: ignore[union-attr]
+    if not isinstance(lines, list):
         raise ConfigError(f"defaults ({files.show(file)}): expected a list, such as `- override /model: lot`")
     found = []
-    for line in OmegaConf.to_container(defaults, resolve=False):
-        if isinstance(line, dict) and len(line) == 1:
-            ((name, option),) = line.items()
-            *flags, key = str(name).split()
-            if isinstance(option, str):
-                found.append(Entry(key.removeprefix("/"), option, key.startswith("/"), "override" in flags, f"{name}: {option}"))
-        elif not isinstance(line, str):
-            raise ConfigError(f"defaults ({files.show(file)}): {line} is not a line such as `override /model: lot`")
+    for line in lines:
+        name, option = next(iter(line.items())) if isinstance(line, dict) and len(line) == 1 else (group, line)
+        *flags, key = str(name).split() or [""]
+        if not isinstance(option, str) or not (group or isinstance(line, dict) or option == "_self_"):
+            raise ConfigError(f"defaults ({files.show(file)}): {line} is not of the form `override /model: lot`")
+        if option != "_self_":
+            text = option if isinstance(line, str) else f"{name}: {option}"
+            absolute = key.startswith("/") or isinstance(line, str)
+            found.append(Entry(key.removeprefix("/"), option, absolute, "override" in flags, text))
     return found
 
 
 def _known_keys(request: Request, wanted: dict[str, str]) -> list[str]:
     """The keys that can be overridden: those of the request without its experiment and without what it puts at a package."""
     plain = {key: option for key, option in wanted.items() if "@" not in key and key != "experiment"}
-    for choices in (plain, {key: option for key, option in plain.items() if key in {e.key for e in _entries(_primary())}}, {}):
+    usual = {entry.key for entry in _entries("", _primary())}
+    for choices in (plain, {key: option for key, option in plain.items() if key in usual}, {}):
         try:
             return list(_hydra_compose(replace(request, choices=choices))[1])
         except FAILURES:
@@ -169,11 +164,11 @@ def _known_keys(request: Request, wanted: dict[str, str]) -> list[str]:
     return []
 
 
-def _instead(key: str, known: list[str]) -> str:
+def _instead(key: str, known: list[str], option: str = "") -> str:
     """What to write for a group that is chosen at another package, or was mistyped."""
     group = key.partition("@")[0]
     other = next((k for k in known if k.partition("@")[0] == group), None) or nearest(key, known)
-    return f"; did you mean {other}?" if other else f"; it has {', '.join(known)}"
+    return f"; did you mean {other}{option}?" if other else f"; they have {', '.join(known)}"
 
 
 def _files_in_words(request: Request) -> str:

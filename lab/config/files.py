@@ -47,19 +47,23 @@ def options() -> Options:
     return found
 
 
-def option_file(found: Options, group: str, option: str, where: str) -> Path:
-    """The file of one option; ConfigError where there is none, or two that differ. `where` says who asked for it."""
+def option_file(found: Options, group: str, option: str, where: str, key: str | None = None) -> Path:
+    """The file of one option; ConfigError where there is none, or two that differ.
+
+    where: who asked for it. key: as it was asked for, such as mixer@model.mixer.
+    """
+    asked = f"{key or group}={option} ({where})"
     if group not in found:
-        raise ConfigError(f"{group} ({where}): there is no such group{hint(group, found, 'groups')}")
+        raise ConfigError(f"{asked}: there is no group {group}{hint(group, found, 'groups')}")
     if option not in found[group]:
         names = sorted(found[group])
-        listed = f" ({', '.join(names)})" if len(names) <= 30 else ""
-        close = hint(option, names, "options") if names else f"; it has no options in {' or '.join(show(r / 'configs') for r in roots())}"
-        raise ConfigError(f"{group}={option} ({where}): there is no such option{close}{listed if 'did you mean' in close else ''}")
+        near = hint(option, names, "options")
+        listed = f" ({', '.join(names)})" if "did you mean" in near and len(names) <= 30 else ""
+        raise ConfigError(f"{asked}: there is no such option{near}{listed}")
     first, *others = found[group][option]
     for other in others:
         if other.read_bytes() != first.read_bytes():
-            raise ConfigError(f"{group}={option} ({where}): {show(other)} has the name of lab's own {show(first)}; rename yours")
+            raise ConfigError(f"{asked}: {show(other)} has the name of lab's own {show(first)}; rename yours")
     return first
 
 

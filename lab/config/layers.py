@@ -46,8 +46,7 @@ def origin(overrides: list[str], key: Key) -> str:
 
 
 def _of_file(file: Path, package: str) -> Layer:
-    tree = OmegaConf.to_container(files.load(file), resolve=False)
-    assert isinstance(tree, dict)
+    tree: Any = OmegaConf.to_container(files.load(file), resolve=False)
     tree.pop("defaults", None)
     names = [name for name in package.split(".") if name and name != "_global_"]
     for name in reversed(names):
@@ -75,6 +74,5 @@ def _of_override(override: Override) -> Layer:
         OmegaConf.update(config, override.key_or_group, DELETED, force_add=True)
     else:
         set_value(config, override)
-    tree = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(tree, dict)
+    tree: Any = OmegaConf.to_container(config, resolve=False)
     return Layer(SHELL, tree, {})

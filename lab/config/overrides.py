@@ -48,7 +48,8 @@ def read(words: list[str]) -> Request:
             options["experiment"][option] = [file]
         else:
             override = parse(word)
-            if override.package is None and (override.key_or_group not in options or override.is_delete() or isinstance(override.value(), dict)):
+            is_group = override.package is not None or override.key_or_group in options
+            if not is_group or isinstance(override.value(), dict) or (override.is_delete() and override.package is None):
                 values.append(override)
                 continue
             key, option = _choice(override, options)
@@ -62,10 +63,11 @@ def _choice(override: Override, options: files.Options) -> tuple[str, str]:
     group, option = override.key_or_group, override.value()
     key = group if override.package is None else f"{group}@{override.package}"
     if override.is_delete() or not isinstance(option, str):
-        raise ConfigError(f"{override.input_line} ({SHELL}): {key} takes the name of one option: {', '.join(sorted(options.get(group, ())))}")
+        names = ", ".join(sorted(options.get(group, ())))
+        raise ConfigError(f"{override.input_line} ({SHELL}): {key} takes the name of one option: {names}")
     if group == "experiment" and option.endswith((".yaml", ".yml")):
         raise ConfigError(f"experiment={option} ({SHELL}): a file is given by --config {option}")
-    files.option_file(options, group, option, SHELL)
+    files.option_file(options, group, option, SHELL, key)
     return key, option
 
 
@@ -77,7 +79,7 @@ def parse(text: str) -> Override:
         raise ConfigError(f"{text} ({SHELL}): expected key=value{file}")
     if not KEY.fullmatch(key):
         raise ConfigError(f"{text} ({SHELL}): {key!r} is not a key; expected key=value, such as optimizer.lr=1e-3")
-    how = f"a list is \"{key}=[1,2]\", a text with special characters \"{key}='a,b'\", with the double quotes for the shell"
+    how = f"a list is '{key}=[1,2]' and a text \"{key}='a,b'\", quoted for the shell"
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:

@@ -61,7 +61,7 @@ class Lattice(Attention):
         if len(init_freq_range) != 2 or not init_freq_range[0] < init_freq_range[1]:
             raise ValueError(f"Lattice: init_freq_range={list(init_freq_range)}; expected [low, high] with low < high")
         shape = most_square(n_heads) if lattice_shape is None else tuple(lattice_shape)
-        if len(shape) != 2 or shape[0] * shape[1] != n_heads:
+        if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] != n_heads:
             raise ValueError(f"Lattice: lattice_shape={list(shape)} must be two sides whose product is n_heads={n_heads}")
         self.phase_mode = phase_mode
         self.dt = dt

@@ -185,13 +185,14 @@ class SequenceModel(nn.Module, ABC):
         stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for n in range(max_new_tokens):
             token = choose(last, temperature, top_k, top_p, generator)
-            if stop_token is not None:
-                token = token.masked_fill(stopped, pad_token)
+            if stop_token is None:
+                yield token
+            else:
+                yield token.masked_fill(stopped, pad_token)
                 stopped = stopped | (token == stop_token)
-            yield token
             if n + 1 == max_new_tokens or (stop_token is not None and bool(stopped.all())):
                 return
-            out = self(token[:, None], state, want=("state", "in_place"))
+            out = self(token[:, None], state, want=("state", "in_place"))  # a stopped row goes on unseen: pad_token may be no token
             last, state = out.y[:, 0], out.state
 
     def check_length(self, length: int, what: str) -> None:
@@ -202,7 +203,7 @@ class SequenceModel(nn.Module, ABC):
 def initialise(model: nn.Module, seed: int) -> None:
     """Calls `reset_parameters()` of every module, each under its own random stream, seeded by (seed, the module's name).
 
-    So tensors of equal name and shape start equal in every model, whatever else the model contains. A module is reset after the
+    So modules of equal name and shapes start equal in every model, whatever else the model contains. A module is reset after the
     modules inside it and has the last word on their values. Draws on the CPU (initialise, then move); the global stream is kept.
     """
     elsewhere = [name for name, p in model.named_parameters() if p.device.type != "cpu"]

@@ -54,6 +54,8 @@ class Stack(SequenceModel):
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"Stack: n_layers={n_layers} must be at least 1")
+        if position not in ("learned", "none"):
+            raise ValueError(f"Stack: position={position!r}; expected learned or none")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
         self.max_len = max_len if position == "learned" else None

@@ -29,7 +29,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     path = find_checkpoint(target, own["checkpoint"])
     loaded = load_checkpoint(path, trust, of_the_run)
     if config_file is not None:
-        difference = first_difference(compose(["--config", config_file]).stored, loaded.identity["config"])
+        difference = first_difference(compose([f"--config={config_file}"]).stored, loaded.identity["config"])
         if difference:
             raise ConfigError(f"--config {config_file} contradicts the run: {difference}; lab-eval uses the run's own config")
     trainer, task = loaded.config["trainer"], loaded.task

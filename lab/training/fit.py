@@ -14,8 +14,7 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
-from lab import ops
-from lab.config import check_late, config_hash
+from lab.config import config_hash
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -33,7 +32,6 @@ def fit(
 
     stored: the config with its environment variables unresolved, as it goes into each checkpoint. extra_callbacks: from Python.
     """
-    check_late(stored)
     _quiet()
     first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
@@ -42,7 +40,7 @@ def fit(
     loaders = _loaders(experiment, trainer)
     if trainer.is_global_zero:
         _say_what_starts(run, experiment, first_step)
-    with ops.use(**{op: backend for op, backend in experiment.ops.items() if backend != "auto"}), _job(run, trainer):
+    with _job(run, trainer):
         trainer.fit(module, *loaders, ckpt_path=run.last if first_step else None)
         if trainer.is_global_zero:
             _finish(run, experiment, module, checkpoints)
@@ -152,7 +150,7 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     parameters = sum(p.numel() for p in experiment.model.parameters())
     print(f"run:   {run.path}")
     print(f"task:  {experiment.task.describe()}")
-    print(f"model: {type(experiment.model).__name__}, {parameters:,} parameters")
+    print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
 
 

@@ -7,11 +7,12 @@ cross-entropy is averaged over the scored tokens of the whole window on all rank
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
 
 from lab.analysis.finite import first_non_finite
@@ -61,8 +62,7 @@ class LabModule(pl.LightningModule):
         def closure() -> None:
             optimizer.zero_grad()
             for i, batch in enumerate(window):
-                last = i == len(window) - 1
-                with nullcontext() if last else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                with self._sync_gradients(i == len(window) - 1):
                     loss, parts = self._loss(batch, scored, len(window), exact_match=log)
                     if not torch.isfinite(loss):
                         self._stop_non_finite(batch, loss)
@@ -96,6 +96,11 @@ class LabModule(pl.LightningModule):
             parts["exact_match"] = right.all(1).float().mean() / n_micro
         return total, parts
 
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between ranks once per window, with its last micro-batch."""
+        strategy = self.trainer.strategy
+        return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
+
     def _agree(self, scored: Tensor) -> Tensor:
         """The number of scored tokens over all ranks; with it travels the signal that any of them has received."""
         if self.trainer.world_size == 1:
@@ -120,7 +125,7 @@ class LabModule(pl.LightningModule):
         with torch.no_grad():
             where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
         raise RunError(
-            f"the loss is {float(loss)} at step {self.global_step + 1}; the first non-finite value is in {where}; try a lower optimizer.lr"
+            f"the loss is {float(loss.detach())} at step {self.global_step + 1}; the first non-finite value is in {where}; try a lower optimizer.lr"
         )
 
     # ------------------------------------------------------------------ validation

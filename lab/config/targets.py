@@ -13,7 +13,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from lab.config.compose import resolve
+from lab.config.composition import resolve
 from lab.config.errors import ConfigError, hint
 from lab.config.tree import dotted, places
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lab.config.compose import compose
+from lab.config.composition import compose
 from lab.config.errors import ConfigError, hint
 from lab.config.layers import Layer, layers
 from lab.config.tree import Key, dotted, leaves, lookup, places

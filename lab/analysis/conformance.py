@@ -1,0 +1,238 @@
+"""What every sequence model must satisfy, as plain functions that raise an AssertionError with a clear sentence.
+
+    model = ...; randomise(model, seed=0)      # properties must hold for any parameters, not only those of the initialisation
+    for check in CHECKS:
+        check(model, tokens)                   # tokens (B, L), long, no row equal to another
+    check_checkpoint(model, make, tokens)      # make() builds the same architecture afresh
+
+Checks run in eval mode (gradients: in the mode of the model) and restore the mode. B = batch, L = length, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from lab.models import SequenceModel
+
+RTOL, ATOL = 1e-4, 1e-5  # float32; the same sums in another order
+
+
+def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
+    """Adds scale * N(0, 1) to every parameter, reproducibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(scale * noise.to(parameter.device, parameter.dtype))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def same(got: Tensor, want: Tensor, what: str) -> None:
+    torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}")
+
+
+def identical(got: Tensor, want: Tensor, what: str) -> None:
+    assert torch.equal(got, want), f"{what}: largest difference {(got - want).abs().max().item():.3g}, expected none"
+
+
+def another(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Tokens of the same vocabulary that differ everywhere."""
+    return (tokens + 1) % logits.shape[-1]
+
+
+def check_causality(model: SequenceModel, tokens: Tensor) -> None:
+    """Tokens from t on change nothing before t, and something from t on."""
+    with evaluating(model):
+        want = model(tokens)
+        other = another(tokens, want)
+        for t in range(tokens.shape[1]):
+            got = model(torch.cat([tokens[:, :t], other[:, t:]], 1))
+            same(got[:, :t], want[:, :t], f"logits before {t} depend on tokens from {t} on")
+            assert not torch.allclose(got[:, t], want[:, t], RTOL, ATOL), f"logits at {t} do not depend on token {t}"
+
+
+def check_continuation(model: SequenceModel, tokens: Tensor) -> None:
+    """prefill of k tokens + steps, and prefill + prefill, give the logits of forward, for every k; k = 0 starts from init_state."""
+    B, L = tokens.shape
+    with evaluating(model):
+        want = model(tokens)
+        for k in range(L + 1):
+            state = model.init_state(B)
+            if k:
+                logits, state = model.prefill(tokens[:, :k])
+                same(logits, want[:, :k], f"prefill of {k}")
+            if k < L:
+                rest, _ = model.prefill(tokens[:, k:], state)
+                same(rest, want[:, k:], f"second prefill after {k}")
+            for t in range(k, L):
+                token = tokens[:, t] if t % 2 else tokens[:, t : t + 1]  # (B,) and (B, 1) are both accepted
+                logits, state = model.step(token, state)
+                same(logits, want[:, t], f"step {t} after a prefill of {k}")
+
+
+def check_state_is_pure(model: SequenceModel, tokens: Tensor) -> None:
+    """A kept state can be continued twice: step and prefill neither change it nor remember it."""
+    k = tokens.shape[1] // 2
+    with evaluating(model):
+        _, state = model.prefill(tokens[:, :k])
+        kept = model.map_state(torch.clone, state)
+        want, _ = model.step(tokens[:, k], state)
+        other, _ = model.step(another(tokens, want)[:, k], state)
+        model.prefill(another(tokens, want)[:, k:], state)
+        again, _ = model.step(tokens[:, k], state)
+        identical(again, want, "a state continued a second time gives other logits")
+        assert not torch.allclose(other, want, RTOL, ATOL), "a step does not depend on its token"
+        for before, after in zip(pytree.tree_leaves(kept), pytree.tree_leaves(state), strict=True):
+            identical(after, before, "step changed a tensor of the state it was given")
+
+
+def check_gradients(model: SequenceModel, tokens: Tensor, without: tuple[str, ...] = ()) -> None:
+    """Cross-entropy and the losses together reach every parameter, but those whose last name is in `without`, which get |grad| < 1e-6.
+
+    Every declared loss is returned, is finite and reaches a parameter on its own.
+    """
+    parameters = dict(model.named_parameters())
+    out = model(tokens[:, :-1], want=("losses",))
+    assert set(out.losses) == set(model.loss_names), f"returned losses {sorted(out.losses)}, declared {sorted(model.loss_names)}"
+    for name, loss in out.losses.items():
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+        assert any(g is not None and g.abs().max() > 0 for g in grads), f"loss {name} has no gradient"
+    cross_entropy = F.cross_entropy(out.y.flatten(0, 1), tokens[:, 1:].flatten())
+    total = cross_entropy + sum(out.losses.values())
+    for (name, _), grad in zip(
+        parameters.items(), torch.autograd.grad(total, list(parameters.values()), allow_unused=True), strict=True
+    ):
+        assert grad is not None, f"{name} has no gradient"
+        size = grad.abs().max().item()
+        assert torch.isfinite(grad).all(), f"{name} has a gradient that is not finite"
+        if name.rpartition(".")[2] in without:
+            assert size < 1e-6, f"{name} should have no gradient, but has {size:.3g}"
+        else:
+            assert size > 1e-8, f"{name} has a gradient of {size:.3g}"
+
+
+def check_batch_independence(model: SequenceModel, tokens: Tensor) -> None:
+    """A row gives the same logits alone as in a batch."""
+    with evaluating(model):
+        want = model(tokens)
+        for b in range(tokens.shape[0]):
+            same(model(tokens[b : b + 1])[0], want[b], f"row {b} alone")
+
+
+def check_padding(model: SequenceModel, tokens: Tensor) -> None:
+    """With `lengths`, what stands in the padding changes neither logits at real positions, nor losses, nor the state."""
+    B, L = tokens.shape
+    lengths = torch.arange(B, device=tokens.device) * max(1, L // B) % L + 1  # ragged, one row of length 1
+    real = torch.arange(L, device=tokens.device) < lengths[:, None]
+    with evaluating(model):
+        padded = model(tokens, lengths=lengths, want=("state", "losses"))
+        garbage = torch.where(real, tokens, another(tokens, padded.y))
+        changed = model(garbage, lengths=lengths, want=("state", "losses"))
+        same(changed.y[real], padded.y[real], "padding changes the logits of real tokens")
+        rows = [model(tokens[b : b + 1, :n], want=("state", "losses")) for b, n in enumerate(lengths.tolist())]
+        for name, loss in padded.losses.items():
+            identical(changed.losses[name], loss, f"padding changes the loss {name}")
+        # Both chunks ragged: the second starts at other positions in each row, and its own padding follows.
+        chunk, lengths2 = tokens[:, : max(1, L // 3)], lengths.flip(0).clamp(max=max(1, L // 3))
+        second = model(chunk, changed.state, lengths=lengths2, want=("state",))
+        third, _ = model.step(tokens[:, 0], second.state)
+        for b, (row, n, n2) in enumerate(zip(rows, lengths.tolist(), lengths2.tolist(), strict=True)):
+            same(padded.y[b, :n], row.y[0], f"row {b} of length {n}, padded")
+            alone = model(chunk[b : b + 1, :n2], row.state, want=("state",))
+            same(second.y[b, :n2], alone.y[0], f"row {b}: a chunk after a padded one")
+            same(third[b], model.step(tokens[b : b + 1, 0], alone.state)[0][0], f"row {b}: a step after two padded chunks")
+        same_length = model(tokens, lengths=torch.full_like(lengths, L), want=("losses",))
+        cut = model(tokens, lengths=torch.full_like(lengths, L - 1), want=("losses",))
+        for name, loss in model(tokens, want=("losses",)).losses.items():
+            same(same_length.losses[name], loss, f"loss {name} with lengths that pad nothing")
+        for name, loss in model(tokens[:, : L - 1], want=("losses",)).losses.items():
+            same(cut.losses[name], loss, f"loss {name} with padding, against the cut sequence")
+
+
+def check_state_rows(model: SequenceModel, tokens: Tensor) -> None:
+    """A state can be reordered and sliced by rows."""
+    B, k = tokens.shape[0], tokens.shape[1] // 2
+    order = torch.arange(B, device=tokens.device).flip(0)
+    with evaluating(model):
+        _, state = model.prefill(tokens[:, :k])
+        want, _ = model.step(tokens[:, k], state)
+        for rows in (order, order[:1]):
+            got, _ = model.step(tokens[rows, k], model.map_state(lambda t, rows=rows: t[rows], state))
+            same(got, want[rows], f"rows {rows.tolist()} of a state")
+
+
+def check_no_memory(model: SequenceModel, tokens: Tensor) -> None:
+    """Nothing a call does changes what a later one returns: forward, backward and steps in between, in both modes."""
+    before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    training = model.training
+    with evaluating(model):
+        want = model(tokens)
+        identical(model(tokens), want, "eval twice")
+    model.train()
+    model(another(tokens, want), want=("losses",)).y.sum().backward()
+    model.zero_grad()
+    model.train(training)
+    with evaluating(model):
+        _, state = model.prefill(tokens[:, :1])
+        model.step(tokens[:, 1], state)
+        identical(model(tokens), want, "eval after a training pass")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        identical(t, before[name], f"a forward pass changed {name}")
+
+
+def check_record(model: SequenceModel, tokens: Tensor) -> None:
+    """Asking for more than the logits does not change them, and returns what was asked for alone."""
+    with evaluating(model):
+        want = model(tokens)
+        for fields in (("state",), ("losses",), ("record",), ("state", "losses", "record")):
+            out = model(tokens, want=fields)
+            same(out.y, want, f"logits with want={fields}")
+            assert (out.state is not None) == ("state" in fields), f"want={fields}: state is {type(out.state).__name__}"
+            assert set(out.losses) == set(model.loss_names if "losses" in fields else ()), f"want={fields}: losses {sorted(out.losses)}"
+            assert "record" in fields or not out.record, f"want={fields}: record {sorted(out.record)}"
+
+
+def check_checkpoint(model: SequenceModel, make: Callable[[], SequenceModel], tokens: Tensor) -> None:
+    """The state dict, saved and loaded with weights_only=True into a model built afresh, gives bit-equal logits."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = make()
+    randomise(other, seed=1)
+    with evaluating(model), evaluating(other):
+        want = model(tokens)
+        assert not torch.equal(other(tokens), want), "another seed gives the same model"
+        other.load_state_dict(torch.load(file, weights_only=True))
+        identical(other(tokens), want, "a loaded checkpoint")
+
+
+CHECKS: tuple[Callable[[SequenceModel, Tensor], None], ...] = (
+    check_causality,
+    check_continuation,
+    check_state_is_pure,
+    check_gradients,
+    check_batch_independence,
+    check_padding,
+    check_state_rows,
+    check_no_memory,
+    check_record,
+)

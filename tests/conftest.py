@@ -1,0 +1,76 @@
+"""Shared by the tests: a training small enough for milliseconds, in process or as a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = (
+    "model.d_model=16", "model.n_layers=1", "model.mixer.n_heads=2", "model.dropout=0.1", "model.mixer.dropout=0.0",
+    "task.vocab_size=12", "task.seq_len=8", "task.n_train=70", "task.n_val=12", "task.n_test=10", "task.free_samples=4",
+    "trainer.max_steps=12", "trainer.batch_size=8", "trainer.val_every=6", "trainer.checkpoint_every=5", "trainer.log_every=1",
+    "trainer.accelerator=cpu", "optimizer.lr=1e-2", "~callbacks.progress",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tests run in parallel, one process on each core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """tiny(*overrides) trains in process, in the folder `run` of an empty current folder, and returns the run."""
+    monkeypatch.chdir(tmp_path)
+    from lab.config import compose
+    from lab.training import train
+
+    def start(*overrides, run_dir="run"):
+        return train(compose([*TINY, *overrides, f"run_dir={run_dir}"]))
+
+    return start
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command("lab-train", *words) runs a command in an empty folder, and gives what it did."""
+
+    def call(name, *words, cwd=tmp_path, **kwargs):
+        # pytest's own variables (warnings as errors) are not the user's
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
+        module = {"lab-train": "lab.cli.train", "lab-eval": "lab.cli.eval"}[name]
+        return subprocess.run(
+            [sys.executable, "-m", module, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
+        )
+
+    return call
+
+
+def rows(run_path) -> list[dict]:
+    """metrics.jsonl of a run."""
+    return [json.loads(line) for line in (Path(run_path) / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its path: weights, averaged weights, optimiser moments, random states."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(path, value):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{path}/{key}", inner)
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                walk(f"{path}/{index}", inner)
+
+    walk("", torch.load(checkpoint, weights_only=True))
+    return found

@@ -1,0 +1,303 @@
+"""Every model in configs/model, shrunk, must conform; so must the stack with every combination of the lattice's options."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lab.analysis import conformance
+from lab.mixers import Attention, Lattice, Mixer, Output
+from lab.models import Stack, initialise
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+V, L = 11, 9
+
+
+def random_tokens(batch: int = 3, length: int = L) -> torch.Tensor:
+    return torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def compose_yaml(name: str, *overrides: str):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose(f"model/{name}", overrides=list(overrides))
+
+
+def from_yaml(name: str) -> Stack:
+    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: 32}}", "model.d_model=32", "model.n_layers=2")
+    return instantiate(config.model)
+
+
+def lattice(n_heads: int = 4, d_model: int = 16, position: str = "learned", dropout: float = 0.0, **options) -> Stack:
+    return Stack(V, d_model, 2, partial(Lattice, n_heads=n_heads, **options), max_len=24, position=position, dropout=dropout)
+
+
+def vanilla(d_model: int = 16, n_heads: int = 4, **options) -> Stack:
+    return Stack(V, d_model, 2, partial(Attention, n_heads=n_heads), max_len=24, **options)
+
+
+OPTIONS = [
+    {"phase_mode": mode, "neighborhood": neighborhood, "boundary": boundary, "drive": drive}
+    for mode, neighborhood, boundary, drive in itertools.product(
+        ("wave", "gain", "literal"), ("moore", "von_neumann"), ("open", "periodic"), (True, False)
+    )
+    if mode == "wave" or drive  # drive acts in wave only
+]
+OPTIONS += [{"position": "none"}, {"phase_mode": "gain", "position": "none"}, {"lattice_shape": [1, 4], "dt": 0.5, "coupling": 2.0}]
+
+
+def conform(make) -> None:
+    model = make()
+    initialise(model, 0)
+    conformance.randomise(model, 0)
+    for check in conformance.CHECKS:
+        if check is conformance.check_gradients:
+            literal = any(isinstance(m, Lattice) and m.phase_mode == "literal" for m in model.modules())
+            for mode in (True, False):
+                check(model.train(mode), random_tokens(), without=("alpha",) if literal else ())
+        else:
+            check(model, random_tokens())
+    conformance.check_checkpoint(model, make, random_tokens())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_yaml_conforms(name):
+    conform(lambda: from_yaml(name))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_options_conform(options):
+    conform(lambda: lattice(dropout=0.1, **options))
+
+
+def test_dropout_of_the_weights_acts_in_training_only():
+    model = Stack(V, 16, 1, partial(Attention, n_heads=2, dropout=0.5), max_len=24)
+    assert not torch.equal(model(random_tokens()), model(random_tokens()))
+    model.eval()
+    assert torch.equal(model(random_tokens()), model(random_tokens()))
+
+
+# The checks find what they are for: a running mean, right or with one fault, must fail the check of that name.
+
+
+class Mean(Mixer):
+    loss_names = ("size",)
+
+    def __init__(self, d_model: int, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.linear = nn.Linear(d_model, d_model)
+        self.idle = nn.Parameter(torch.ones(d_model)) if fault == "gradients" else None
+        self.register_buffer("calls", torch.zeros(()))
+
+    def mix(self, x, state, lengths, want):
+        B, length, _ = x.shape
+        state = self.init_state(B) if state is None else state
+        fresh = not state["count"].any()
+        new = torch.full((B,), length) if lengths is None else lengths
+        x = torch.tanh(self.linear(x))
+        total = state["total"][:, None] + x.cumsum(1)
+        y = total / (state["count"][:, None] + torch.arange(1, length + 1))[..., None]
+        after = {"total": total[torch.arange(B), new - 1], "count": state["count"] + new}
+        loss = y.square().mean(-1)
+        if lengths is not None:
+            loss = loss[torch.arange(length) < lengths[:, None]]
+        match self.fault:
+            case "causality":
+                y = y + x.flip(1)
+            case "continuation" if not fresh:
+                after["count"] = state["count"]
+            case "state_is_pure" if not fresh:
+                state["total"].mul_(2)
+            case "batch_independence":
+                y = y + x.mean(0)
+            case "padding":
+                after["total"] = total[:, -1]
+            case "state_rows" if not fresh:
+                y = y * (1 + torch.arange(B))[:, None, None]
+            case "no_memory":
+                self.calls += 1
+                y = y * self.calls
+            case "record" if "record" in want:
+                y = y * 1.1
+        return Output(y, after, {"size": loss.mean()})
+
+    def init_state(self, batch_size, device=None, dtype=None):
+        return {"total": torch.zeros(batch_size, self.linear.in_features), "count": torch.zeros(batch_size, dtype=torch.long)}
+
+
+def broken(fault: str = "") -> Stack:
+    model = Stack(V, 16, 2, partial(Mean, fault=fault), max_len=24)
+    initialise(model, 0)
+    return model
+
+
+def test_a_right_model_passes_every_check():
+    conform(broken)
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+def test_a_wrong_model_fails_its_check(check):
+    model = broken(check.__name__.removeprefix("check_"))
+    with pytest.raises(AssertionError):
+        check(model, random_tokens())
+
+
+# What the training loop does to a model
+
+
+def total_loss(model):
+    out = model(random_tokens()[:, :-1], want=("losses",))
+    return nn.functional.cross_entropy(out.y.flatten(0, 1), random_tokens()[:, 1:].flatten()) + sum(out.losses.values())
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = total_loss(model)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(params=[vanilla, lattice])
+def model(request):
+    model = request.param(dropout=0.1)
+    initialise(model, 0)
+    return model.train()
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(model):
+    want = loss_and_gradients(model)
+    calls = []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    loss_and_gradients(model)
+    assert len(calls) == 1
+    model.activation_checkpointing = True
+    torch.testing.assert_close(loss_and_gradients(model), want, rtol=0, atol=0)
+    assert len(calls) == 3, "a block runs again in the backward pass"
+    model.eval()
+    total_loss(model)
+    assert len(calls) == 4, "nothing is recomputed outside training"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it, but not from "error"
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_compile_one_by_one_and_hooks_fire(model, checkpointing):
+    torch._dynamo.reset()
+    want = loss_and_gradients(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    fired = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: fired.append("block"))
+        block.mixer.register_forward_hook(lambda *_: fired.append("mixer"))
+        block.compile(fullgraph=True, backend=counter)
+    model.activation_checkpointing = checkpointing
+    torch.testing.assert_close(loss_and_gradients(model), want, rtol=1e-5, atol=1e-6)
+    graphs = counter.frame_count
+    loss_and_gradients(model)
+    assert counter.frame_count == graphs and 1 <= graphs <= 2 * len(model.blocks), f"{graphs} graphs"
+    assert fired.count("block") >= 4 and fired.count("mixer") >= 4
+
+
+# Initialisation
+
+
+def test_equal_names_and_shapes_start_equal_in_every_model():
+    one, other = lattice(), vanilla()
+    initialise(one, 3)
+    initialise(other, 3)
+    a, b = one.state_dict(), other.state_dict()
+    assert set(b) < set(a) and all(torch.equal(a[name], b[name]) for name in b)
+    initialise(wider := vanilla(d_ff=66), 3)
+    differ = {name for name, t in wider.state_dict().items() if not (t.shape == b[name].shape and torch.equal(t, b[name]))}
+    assert all(".mlp." in name for name in differ)
+    assert not torch.equal(a["blocks.0.mixer.q.weight"], a["blocks.1.mixer.q.weight"])
+    assert not torch.equal(a["blocks.0.mixer.theta0"], a["blocks.1.mixer.theta0"])
+
+
+def test_initialisation_depends_on_the_seed_alone():
+    model = lattice()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    initialise(model, 3)
+    assert torch.equal(torch.get_rng_state(), state), "the global random stream moved"
+    first = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.manual_seed(2)
+    initialise(model, 3)
+    assert all(torch.equal(t, first[name]) for name, t in model.state_dict().items())
+    initialise(model, 4)
+    drawn = [name for name, t in first.items() if t.unique().numel() > 1]
+    assert drawn and all(not torch.equal(model.state_dict()[name], first[name]) for name in drawn)
+
+
+def test_documented_distributions():
+    model = Stack(500, 64, 1, partial(Lattice, n_heads=32), max_len=400)
+    initialise(model, 0)
+    mixer = model.mixers[0]
+    for weight in (model.embedding.weight, model.position.weight, mixer.drive.weight):
+        assert abs(weight.mean()) < 2e-3 and abs(weight.std() - 0.02) < 2e-3
+    assert 0.9 <= mixer.omega.min() < 0.95 and 1.05 < mixer.omega.max() <= 1.1
+    assert 0 <= mixer.theta0.min() < 1 and 5 < mixer.theta0.max() < 6.3
+    assert (mixer.kappa == 0.1).all() and (mixer.alpha == 0.1).all()
+
+
+def test_initialise_refuses_a_model_that_has_moved():
+    with torch.device("meta"):
+        model = vanilla()
+    with pytest.raises(ValueError, match="embedding.weight is not on the CPU; initialise the model before moving it"):
+        initialise(model, 0)
+
+
+# The stack
+
+
+def test_documented_sizes_and_names():
+    with torch.device("meta"):
+        model = instantiate(compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").model)
+    assert [tuple(t.shape) for t in (model.embedding.weight, model.position.weight, model.head.weight)] == [
+        (1000, 256),
+        (128, 256),
+        (1000, 256),
+    ]
+    assert len(model.blocks) == 6 and model.blocks[0].mlp.up.weight.shape == (1024, 256)
+    mixer = model.blocks[0].mixer
+    assert {name for name, _ in mixer.named_parameters()} == {
+        *(f"{name}.weight" for name in ("q", "k", "v", "o", "drive")), "omega", "kappa", "alpha",
+    }  # fmt: skip
+    assert (mixer.n_heads, mixer.W.shape, model.dropout.p, model.max_len) == (8, (8, 8), 0.1, 128)
+    weights = compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").loss_weights
+    assert dict(weights) == {"sync": 0.02, "diversity": 0.01} and set(weights) == set(model.loss_names)
+
+
+def test_derived_metrics():
+    model = lattice()
+    losses = model(random_tokens(), want=("losses",)).losses
+    assert model.derived_metrics(losses)["sync_order"] == 1 - losses["sync"]
+    assert vanilla().loss_names == () and vanilla().derived_metrics({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layers": 0}, "n_layers=0 must be at least 1"),
+        ({"max_len": None}, 'position="learned" needs max_len'),
+        ({"position": "sinusoidal"}, "position='sinusoidal'; expected learned or none"),
+    ],
+)
+def test_wrong_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Stack(**{"vocab_size": V, "d_model": 16, "n_layers": 1, "mixer": partial(Attention, n_heads=4), "max_len": 8, **options})
+
+
+def test_a_source_is_refused():
+    for call in (lambda m: m(random_tokens(), source=random_tokens()), lambda m: m.init_state(3, source=random_tokens())):
+        with pytest.raises(ValueError, match="it takes no source"):
+            call(vanilla())

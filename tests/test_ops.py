@@ -1,0 +1,288 @@
+"""kuramoto_scan: both backends against independent float64 code, the operator as the compiler, autocast and export see it, dispatch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lab import ops
+from lab.mixers import Lattice
+from lab.models import Stack, initialise
+from lab.ops import backend, kuramoto_scan, use
+
+scan_module = importlib.import_module("lab.ops.kuramoto_scan")  # the name in lab.ops is the function
+BACKENDS = ops.OPS["kuramoto_scan"]
+SHAPES = [(1, 1, 1), (2, 0, 3), (1, 7, 2), (3, 33, 8), (5, 17, 7), (2, 40, 12)]
+
+
+def inputs(B, L, H, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    theta0 = 2 * math.pi * torch.rand(B, H, generator=g, dtype=dtype)
+    drive, omega, kappa = (torch.randn(*s, generator=g, dtype=dtype) for s in ((B, L, H), (H,), (H,)))
+    return [t.requires_grad_() for t in (theta0, drive, omega, kappa, torch.randn(H, H, generator=g, dtype=dtype))]
+
+
+def circle(theta):
+    """Phases as points: 0 and 2 pi are the same."""
+    return torch.stack([theta.cos(), theta.sin()])
+
+
+def scalar(theta, last):
+    weight = torch.linspace(-1, 1, theta.numel(), dtype=theta.dtype).reshape(theta.shape)
+    return (weight * circle(theta)).sum() + (circle(last) * torch.tensor([1.0, 2.0], dtype=theta.dtype)[:, None, None]).sum()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_by_a_loop_over_oscillators(name, shape):
+    B, L, H = shape
+    theta0, drive, omega, kappa, W = (t.detach() for t in inputs(*shape))
+    with use(name):
+        theta, last = kuramoto_scan(theta0, drive, omega, kappa, W, 0.3)
+    assert theta.shape == (B, L, H) and last.shape == (B, H) and theta.dtype == torch.float64
+    for b in range(B):
+        phase = theta0[b].tolist()
+        for t in range(L + 1):
+            got = last[b] if t == L else theta[b, t]
+            torch.testing.assert_close(circle(got), circle(torch.tensor(phase, dtype=torch.float64)), rtol=0, atol=1e-9)
+            assert t == 0 or ((got > -1e-9) & (got < 2 * math.pi + 1e-9)).all(), "not wrapped"
+            if t < L:
+                pull = [sum(W[i, j] * math.sin(phase[j] - phase[i]) for j in range(H)) for i in range(H)]
+                phase = [float(phase[i] + 0.3 * (omega[i] + drive[b, t, i] + kappa[i] * pull[i])) for i in range(H)]
+
+
+@pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_the_backends_agree(shape, lengths):
+    B, L, H = shape
+    lengths = None if lengths is None else (torch.arange(B) * 5) % (L + 1)
+    args = inputs(*shape)
+    results = {}
+    for name in BACKENDS:
+        with use(name):
+            theta, last = kuramoto_scan(*args, 0.2, lengths)
+            results[name] = [theta, last, *torch.autograd.grad(scalar(theta, last), args, materialize_grads=True)]
+    for got, want, what in zip(*results.values(), ("theta", "last", "theta0", "drive", "omega", "kappa", "W"), strict=True):
+        compare = circle if what in ("theta", "last") else (lambda t: t)
+        torch.testing.assert_close(compare(got), compare(want), rtol=1e-9, atol=1e-9, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def test_gradient_by_finite_differences():
+    args = inputs(2, 5, 3)
+    torch.autograd.gradcheck(lambda *a: circle(kuramoto_scan(*a, 0.2)[0]), args)
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_gradient_of_one_input_alone(needed):
+    args = [t.detach().requires_grad_(i == needed) for i, t in enumerate(inputs(2, 9, 4))]
+    grads = []
+    for name in BACKENDS:
+        with use(name):
+            grads += torch.autograd.grad(scalar(*kuramoto_scan(*args, 0.2)), args[needed])
+    torch.testing.assert_close(*grads)
+
+
+def test_last_is_the_phase_after_the_last_real_token():
+    args = inputs(4, 6, 3)
+    lengths = torch.tensor([0, 1, 4, 6])
+    theta, last = kuramoto_scan(*args, 0.2, lengths)
+    full, end = kuramoto_scan(*args, 0.2)
+    assert torch.equal(theta, full)
+    for b, n in enumerate(lengths.tolist()):
+        assert torch.equal(last[b], end[b] if n == 6 else full[b, n])
+
+
+def test_a_carried_state_continues():
+    theta0, drive, *rest = inputs(2, 50, 4, dtype=torch.float32)
+    full, end = kuramoto_scan(theta0, drive, *rest, 0.2)
+    first, middle = kuramoto_scan(theta0, drive[:, :21], *rest, 0.2)
+    second, last = kuramoto_scan(middle, drive[:, 21:], *rest, 0.2)
+    torch.testing.assert_close(circle(torch.cat([first, second], 1)), circle(full), rtol=0, atol=1e-5)
+    torch.testing.assert_close(circle(last), circle(end), rtol=0, atol=1e-5)
+
+
+def test_float32_stays_accurate_over_a_long_sequence():
+    args = [t.detach() for t in inputs(1, 5_000, 2)]
+    args[3] = args[3] * 0  # without coupling errors do not grow by themselves
+    exact, _ = kuramoto_scan(*args, 0.1)
+    single, _ = kuramoto_scan(*(t.float() for t in args), 0.1)
+    assert (circle(single.double()) - circle(exact)).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 2), (3, 9, 4)], ids=str)
+def test_layouts_do_not_matter_and_gradients_are_not_overwritten(shape):
+    args = inputs(*shape)
+    theta, last = kuramoto_scan(*args, 0.2)
+    want = torch.autograd.grad(scalar(theta, last), args)
+    strided = [t.detach().unsqueeze(-1).repeat_interleave(2, -1)[..., 0].requires_grad_() for t in args]
+    assert not strided[1].is_contiguous()
+    grads = torch.autograd.grad(scalar(*kuramoto_scan(*strided, 0.2)), strided)
+    for got, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    # A gradient that is laid out by time first is read, not used as the workspace of the loop.
+    B, L, H = shape
+    phases = scan_module.forward_op(*(t.detach() for t in args), 0.2)
+    grad = torch.randn(L + 1, B, H, dtype=torch.float64).transpose(0, 1)
+    before = grad.clone()
+    scan_module.backward_op(grad, phases, *(t.detach() for t in args[3:]), 0.2, True)
+    assert torch.equal(grad, before)
+
+
+def test_phases_without_a_batch_and_shared_phases_with_lengths():
+    theta0, drive, *rest = (t.detach() for t in inputs(3, 6, 4))
+    theta, _ = kuramoto_scan(theta0[0], drive, *rest, 0.2)
+    assert torch.equal(theta[:, 0], theta0[:1].expand(3, -1))
+    lengths = torch.tensor([1, 6, 0])
+    one, last = kuramoto_scan(theta0[0], drive[:1], *rest, 0.2, lengths)
+    assert one.shape == (1, 6, 4)
+    torch.testing.assert_close(last, kuramoto_scan(theta0[0], drive[:1].expand(3, -1, -1), *rest, 0.2, lengths)[1])
+
+
+@pytest.mark.parametrize("wrong", ["theta0", "omega", "kappa", "W", "drive"])
+def test_wrong_shapes_are_named(wrong):
+    args = dict(zip(("theta0", "drive", "omega", "kappa", "W"), inputs(3, 6, 4), strict=True))
+    args[wrong] = args[wrong][..., :-1] if wrong != "drive" else args[wrong][0]
+    with pytest.raises(ValueError, match=r"kuramoto_scan: expected drive \(B, L, H\).*; got"):
+        kuramoto_scan(**args, dt=0.1)
+
+
+def test_a_second_backward_is_an_error():
+    args = inputs(2, 5, 3)
+    (grad,) = torch.autograd.grad(scalar(*kuramoto_scan(*args, 0.2)), args[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="kuramoto_scan: the torch backend has no second derivative"):
+        grad.sum().backward()
+    with use("reference"):
+        (grad,) = torch.autograd.grad(scalar(*kuramoto_scan(*args, 0.2)), args[1], create_graph=True)
+    grad.sum().backward()
+    assert args[0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (1, 0, 2)], ids=str)
+def test_opcheck(shape):
+    args = inputs(*shape, dtype=torch.float32)
+    torch.library.opcheck(scan_module.forward_op, (*args, 0.2))
+    phases = scan_module.forward_op(*args, 0.2).detach()
+    args = [torch.randn_like(phases), phases, *(t.detach() for t in args[3:])]
+    for grad_W in (True, False):
+        torch.library.opcheck(scan_module.backward_op, (*args, 0.2, grad_W))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_float32_under_autocast_and_for_half_inputs(name):
+    args = inputs(2, 20, 4, dtype=torch.float32)
+    with use(name):
+        want = scalar(*kuramoto_scan(*args, 0.2))
+        grads = torch.autograd.grad(want, args)
+        with torch.autocast("cpu", torch.bfloat16):
+            theta, last = kuramoto_scan(*args, 0.2)
+        assert theta.dtype == last.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):  # a backward inside autocast as well
+            for got, expected in zip(torch.autograd.grad(scalar(theta, last), args), grads, strict=True):
+                torch.testing.assert_close(got, expected)
+        halves = [t.detach().bfloat16() for t in args]
+        theta, last = kuramoto_scan(*halves, 0.2)
+        assert theta.dtype == torch.float32
+        torch.testing.assert_close(circle(theta), circle(kuramoto_scan(*(t.float() for t in halves), 0.2)[0]))
+
+
+# Compiler and export
+
+
+def block_loss(block, x):
+    out = block(x, want=("losses",))
+    return out.y.square().mean() + sum(out.losses.values())
+
+
+def test_a_block_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = Stack(11, 16, 1, partial(Lattice, n_heads=4), max_len=16)
+    initialise(model, 0)
+    block, x = model.blocks[0], torch.randn(3, 5, 16)
+    want = block_loss(block, x)
+    grads = torch.autograd.grad(want, list(block.parameters()))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for _ in range(2):
+        got = block_loss(compiled, x)
+    assert counter.frame_count == 1
+    names = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum("kuramoto_scan" in name for name in names) == 1, "the loop over time is not one node"
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, list(block.parameters())), grads)
+    with use("reference"):  # the choice is part of what was compiled
+        torch.testing.assert_close(block_loss(compiled, x), want)
+    assert counter.frame_count == 2 and ops.used() == {"kuramoto_scan": "reference"}
+
+
+@pytest.mark.parametrize("options", [{}, {"drive": False}, {"phase_mode": "gain"}, {"phase_mode": "literal"}], ids=str)
+def test_export_with_free_batch_and_length(options):
+    model = Stack(11, 16, 2, partial(Lattice, n_heads=4, **options), max_len=40)
+    initialise(model, 0)
+    model.eval()
+    example = torch.randint(0, 11, (3, 9))
+    shapes = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=40)}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert "scan" in targets and not any(target.startswith("lab") for target in targets)
+    module = exported.module()
+    for B, L in ((1, 1), (2, 2), (1, 40), (4, 17), (3, 9)):
+        tokens = torch.randint(0, 11, (B, L))
+        with torch.no_grad():
+            torch.testing.assert_close(module(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+# The dispatch rule
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    """An op whose first backend takes only positive numbers."""
+    monkeypatch.setattr(backend, "_ops", {})
+    monkeypatch.setattr(backend, "_used", {})
+    monkeypatch.setattr(backend, "_forced", {})
+    fast = backend.Backend("fast", lambda x: x + 1, lambda x: None if x > 0 else f"{x} is not positive")
+    return backend.Op("increment", (fast, backend.Backend("reference", lambda x: x + 1.0)))
+
+
+def test_the_first_backend_that_can(two_backends, caplog):
+    assert ops.used() == {}
+    assert isinstance(two_backends(1), int) and ops.used() == {"increment": "fast"}
+    with caplog.at_level(logging.WARNING, "lab.ops.backend"):
+        assert isinstance(two_backends(-1), float) and ops.used() == {"increment": "reference"}
+        two_backends(-1)
+    assert caplog.messages == ["op increment does not use backend fast: -1 is not positive"], "one line, on first use"
+
+
+def test_a_forced_backend(two_backends):
+    with use("reference"):
+        assert isinstance(two_backends(1), float)
+        with use(increment="fast"):
+            assert isinstance(two_backends(1), int)
+            with pytest.raises(RuntimeError, match="op increment: .*fast: -1 is not positive"):
+                two_backends(-1)
+        assert isinstance(two_backends(1), float)
+    assert isinstance(two_backends(1), int)
+    ops.force({"increment": "reference"})
+    assert isinstance(two_backends(1), float)
+    ops.force({"increment": "auto"})
+    assert isinstance(two_backends(1), int)
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="ops.kuramoto_scan=native: .*expected auto, torch, reference"):
+        ops.force({"kuramoto_scan": "native"})
+    with pytest.raises(ValueError, match="ops.kuramoto: there is no such op; the ops are kuramoto_scan"):
+        ops.force({"kuramoto": "torch"})
+    with pytest.raises(ValueError, match="no such backend"), use("native"):
+        pass
+    with use("reference"), pytest.raises(ValueError), use("native"):
+        pass
+    kuramoto_scan(*inputs(1, 1, 1), 0.1)
+    assert ops.used()["kuramoto_scan"] == "torch", "a failed choice left something behind"

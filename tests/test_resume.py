@@ -1,0 +1,208 @@
+"""Runs that are killed, stopped or full: nothing is lost, and what was continued equals what was never stopped, bit by bit."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from conftest import TINY, rows, tensors
+
+from lab.config import compose
+from lab.training import Run, RunError, resume, train
+from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+
+KILLER = '''
+import os, pathlib, signal
+import pytorch_lightning as pl
+
+class Killer(pl.Callback):
+    """Sends this process a signal at the start of step `step`, once."""
+    def __init__(self, step: int, number: int = 9):
+        self.step, self.number, self.mark = step, number, pathlib.Path("killed")
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == self.step and trainer.is_global_zero and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), self.number)
+'''
+STATEFUL = (*TINY, "trainer.accumulate=2", "trainer.ema=0.9", "+callbacks.killer._target_=killer.Killer")
+
+
+@pytest.fixture
+def killer(tmp_path, monkeypatch):
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def words(step, number=9, *more):
+    return [*STATEFUL, f"+callbacks.killer.step={step}", f"+callbacks.killer.number={number}", *more]
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "workers", "code"),
+    [
+        (signal.SIGKILL, 8, 0, -9),  # between two checkpoints, in the second epoch
+        (signal.SIGKILL, 3, 2, -9),  # before the first checkpoint
+        (signal.SIGKILL, 11, 2, -9),
+        (signal.SIGTERM, 7, 2, 143),
+        (signal.SIGINT, 5, 0, 130),  # a step before a validation: the save waits for it
+    ],
+)
+def test_a_killed_run_goes_on_bit_by_bit(killer, command, number, at, workers, code):
+    whole = train(compose([*words(10**6), "run_dir=whole"]))
+    line = words(at, int(number), f"trainer.num_workers={workers}", "run_dir=run")
+    done = command("lab-train", *line, cwd=killer)
+    assert done.returncode == code, done.stderr
+    run = Run("run")
+    assert run.job()["status"] == "interrupted"
+    assert ("killed" if number == signal.SIGKILL else number.name) in run.job()["reason"]
+    train(compose(line))
+    assert run.job() | {"status": "done", "step": 12, "reason": None} == run.job()
+    expected, got = tensors(whole.last), tensors(run.last)
+    assert expected.keys() == got.keys() and any("averag" in name for name in got) and any("random_states" in name for name in got)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    drop = {"train/tokens_per_second"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows("run")] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows("whole")
+    ]
+
+
+def test_resume_by_the_stored_config_alone(killer, command):
+    whole = train(compose([*words(10**6), "run_dir=whole"]))
+    assert command("lab-train", *words(8), "run_dir=run", cwd=killer).returncode == -9
+    with pytest.raises(Exception, match="may not call killer.Killer; if you trust it, add --trust killer"):
+        resume("run", [], trust=[])
+    resume("run", ["trainer.num_workers=1"], trust=["killer"])
+    expected, got = tensors(whole.last), tensors("run/checkpoints/last.ckpt")
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_a_longer_training_goes_on_with_its_schedule(tiny, capsys):
+    run = tiny("trainer.max_steps=6")
+    resume("run", ["trainer.max_steps=9"], trust=[])
+    assert "schedule of the learning rate is now that of 9 steps" in capsys.readouterr().out
+    assert run.job()["step"] == 9 and run.config()["trainer"]["max_steps"] == 9
+    assert run.hparams()["resumed"][0]["with"] == ["trainer.max_steps=9"]
+    rates = [row["train/lr"] for row in rows("run") if "train/lr" in row]
+    assert rates[6] == pytest.approx(compose([*TINY]).config["optimizer"]["lr"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 7 / 9)).item()))
+    resume("run", ["trainer.max_steps=9"], trust=[])
+    assert "is finished at step 9" in capsys.readouterr().out
+
+
+def test_resume_changes_nothing_but_hardware_and_length(tiny):
+    tiny("trainer.max_steps=2")
+    for word in ("optimizer.lr=1", "model=lot", "experiment=none", "task.seed=3", "seed=1"):
+        with pytest.raises(Exception, match=f"^{word.partition('=')[0]} cannot change when a run is resumed.*trainer.max_steps"):
+            resume("run", [word], trust=[])
+
+
+def test_the_one_rule_of_run_dir(tiny, capsys):
+    run = tiny("trainer.max_steps=4")
+    first = tensors(run.last)
+    began = run.job()["started"]
+    tiny("trainer.max_steps=4", "trainer.num_workers=1")  # not another experiment
+    assert "is finished; nothing to do" in capsys.readouterr().out and run.job()["started"] == began
+    with pytest.raises(Exception, match=r"holds another experiment: optimizer.lr: 0.5 here, 0.01 in the run; .*fresh=true"):
+        tiny("trainer.max_steps=4", "optimizer.lr=0.5")
+    tiny("trainer.max_steps=4", "optimizer.lr=0.5", "fresh=true")
+    assert any(not torch.equal(first[name], value) for name, value in tensors(run.last).items() if "state_dict" in name)
+
+
+def test_one_process_writes_a_run(tiny):
+    run = Run("run")
+    with run.writer():
+        assert run.locked() and Run("run").locked()
+        with pytest.raises(RunError, match=r"run: another process writes this run \(process \d+"):
+            tiny()
+    assert not run.locked()
+
+
+def test_a_run_folder_says_what_it_is(tmp_path):
+    with pytest.raises(RunError, match="there is no such run folder"):
+        resume(str(tmp_path / "nothing"), [], [])
+    with pytest.raises(RunError, match="not a run folder, it has no config.yaml"):
+        resume(str(tmp_path), [], [])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(killer, command):
+    """The limit on the size of a file stands for the disk: the small files fit, a checkpoint does not."""
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    line = [*TINY, "run_dir=run"]
+    done = command("lab-train", *line, cwd=killer, preexec_fn=small_disk)
+    assert done.returncode == 1 and "File too large" in done.stderr and "run_dir=run goes on" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert Run("run").job()["status"] == "failed" and "File too large" in Run("run").job()["reason"]
+    assert list((killer / "run" / "checkpoints").iterdir()) == []  # no half of a file
+    assert train(compose(line)).job()["status"] == "done"
+
+
+def test_a_crash_while_writing_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"lab": {}, "x": torch.ones(3)}, path)
+
+    def cut(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", cut)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({"lab": {}, "x": torch.zeros(3)}, path)
+    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [("transformer", r"the tensor model\.|blocks\.0|embedding|head|norm"), ("lot", r"blocks|embedding|head|norm|omega")],
+)
+def test_a_non_finite_loss_names_the_step_and_the_module(tiny, model, where):
+    with pytest.raises(RunError, match=rf"(loss is|gradient is not finite) .*at step [2-9].*({where}).*lower optimizer.lr"):
+        tiny(f"model={model}", "optimizer.lr=1e30", "trainer.grad_clip=null", "trainer.checkpoint_every=1")
+    job = Run("run").job()
+    assert job["status"] == "failed" and f"at step {job['step'] + 1}" in job["reason"]
+    assert read_checkpoint("run/checkpoints/last.ckpt")["global_step"] == job["step"]  # it can be resumed
+
+
+def test_a_checkpoint_is_read_without_executing_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"lab": {}, "x": Evil()}, tmp_path / "evil.ckpt")
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    whole = (tmp_path / "evil.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    for name, sentence in {
+        "evil": "holds more than tensors and plain values",
+        "pickle": "not a checkpoint, or only the beginning of one",
+        "cut": "not a checkpoint, or only the beginning of one",
+        "foreign": "not a checkpoint of lab",
+        "missing": "there is no such checkpoint",
+    }.items():
+        with pytest.raises(RunError, match=sentence):
+            read_checkpoint(tmp_path / f"{name}.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_second_signal_stops_at_once(killer, command):
+    """A validation that takes forever stands for whatever the first signal has to wait for."""
+    (killer / "slow.py").write_text(
+        "import os, signal, time\nimport pytorch_lightning as pl\n"
+        "class Slow(pl.Callback):\n"
+        "    def on_validation_start(self, trainer, module):\n"
+        "        for _ in range(2):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(600)\n"
+    )
+    start = time.monotonic()
+    done = command("lab-train", *TINY, "run_dir=run", "+callbacks.slow._target_=slow.Slow", cwd=killer)
+    assert done.returncode == 130 and time.monotonic() - start < 200
+    assert Run("run").job()["status"] == "interrupted" and "stopped at once" in Run("run").job()["reason"]
