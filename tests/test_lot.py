@@ -256,6 +256,7 @@ def test_wrong_options_are_errors(options, message):
 
 def test_the_matched_baseline_has_as_many_parameters():
     """At the documented size; the bare Transformer lacks the 0.24 % of the drive."""
+
     def count(mixer, d_ff=None, **options):
         with torch.device("meta"):
             model = Stack(1000, 256, 6, partial(mixer, n_heads=8, **options), d_ff=d_ff, max_len=128)

@@ -88,7 +88,9 @@ def test_a_longer_training_goes_on_with_its_schedule(tiny, capsys):
     assert run.job()["step"] == 9 and run.config()["trainer"]["max_steps"] == 9
     assert run.hparams()["resumed"][0]["with"] == ["trainer.max_steps=9"]
     rates = [row["train/lr"] for row in rows("run") if "train/lr" in row]
-    assert rates[6] == pytest.approx(compose([*TINY]).config["optimizer"]["lr"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 7 / 9)).item()))
+    assert rates[6] == pytest.approx(
+        compose([*TINY]).config["optimizer"]["lr"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 7 / 9)).item())
+    )
     resume("run", ["trainer.max_steps=9"], trust=[])
     assert "is finished at step 9" in capsys.readouterr().out
 

@@ -118,9 +118,7 @@ def check_gradients(model: SequenceModel, tokens: Tensor, without: tuple[str, ..
         assert any(g is not None and g.abs().max() > 0 for g in grads), f"loss {name} has no gradient"
     cross_entropy = F.cross_entropy(out.y.flatten(0, 1), tokens[:, 1:].flatten())
     total = cross_entropy + sum(out.losses.values())
-    for (name, _), grad in zip(
-        parameters.items(), torch.autograd.grad(total, list(parameters.values()), allow_unused=True), strict=True
-    ):
+    for (name, _), grad in zip(parameters.items(), torch.autograd.grad(total, list(parameters.values()), allow_unused=True), strict=True):
         assert grad is not None, f"{name} has no gradient"
         size = grad.abs().max().item()
         assert torch.isfinite(grad).all(), f"{name} has a gradient that is not finite"

@@ -80,7 +80,7 @@ def _expect_root_key(config: DictConfig, value: Override, chosen: dict[str, str]
         names = sorted({*map(str, plain), *chosen})
         near = nearest(root, names)
         tail = key.removeprefix(root) if near in plain else ""
-        right = f"; did you mean {near}{tail}?" if near else misplaced(root, plain) or hint(root, names)
+        right = f"; did you mean {near}{tail}?" if near else misplaced((root,), plain) or hint(root, names)
         raise ConfigError(f"{key} ({SHELL}): there is no such key{right}")
 
 

@@ -79,7 +79,7 @@ def load(file: Path) -> DictConfig:
     """One YAML file, unresolved; ConfigError with the file, and the line where YAML has one."""
     try:
         text = file.read_text(encoding="utf-8")
-        top = yaml.compose(text, Loader=yaml.SafeLoader)
+        top = parse(text)
         if top is not None and not isinstance(top, yaml.MappingNode):
             raise ConfigError(f"{show(file)}: expected lines of the form `key: value`, got {type(top).__name__[:-4].lower()} content")
         config = OmegaConf.load(file)
@@ -97,6 +97,12 @@ def load(file: Path) -> DictConfig:
         raise ConfigError(f"{show(file)}: {error.full_key}: malformed interpolation; the form is ${{group.key}}") from None
     assert isinstance(config, DictConfig)  # of a mapping
     return config
+
+
+def parse(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text, each with its line; by the C parser where yaml has it."""
+    node: yaml.Node | None = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return node
 
 
 def show(path: Path) -> str:

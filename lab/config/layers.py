@@ -51,7 +51,7 @@ def _of_file(file: Path, package: str) -> Layer:
     names = [name for name in package.split(".") if name and name != "_global_"]
     for name in reversed(names):
         tree = {name: tree}
-    top = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    top = files.parse(file.read_text(encoding="utf-8"))
     return Layer(files.show(file), tree, dict(_lines(top, tuple(names))))
 
 

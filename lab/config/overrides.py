@@ -20,7 +20,7 @@ from lab.config import files
 from lab.config.errors import ConfigError, hint
 
 SHELL = "command line"
-KEY = re.compile(r"(\+{1,2}|~)?[\w/-]+(\.[\w-]+)*(@[\w-]+(\.[\w-]+)*)?")
+KEY = re.compile(r"(\+{1,2}|~)?\w[\w/-]*(\.[\w-]+)*(@[\w-]+(\.[\w-]+)*)?")
 
 
 @dataclass(frozen=True)

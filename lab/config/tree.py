@@ -54,6 +54,6 @@ def map_texts(function: Callable[[str], str], tree: Any) -> Any:
     return function(tree) if isinstance(tree, str) else tree
 
 
-def misplaced(name: str, tree: Any) -> str:
-    """'; did you mean optimizer.lr?' for an `lr` that stands at a wrong place; "" if the tree has no key of that name."""
-    return next((f"; did you mean {dotted(key)}?" for key, _ in places(tree) if key[-1] == name and len(key) > 1), "")
+def misplaced(key: Key, tree: Any) -> str:
+    """'; did you mean optimizer.lr?' for an `lr` at a wrong place; "" if the last name of the key stands nowhere else in the tree."""
+    return next((f"; did you mean {dotted(other)}?" for other, _ in places(tree) if other[-1] == key[-1] and other != key), "")

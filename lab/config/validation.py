@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lab.config.annotations import advice, alternatives, argument_types, expected, is_subclass, kind, shown, split
-from lab.config.targets import locate, refuse_untrusted
 from lab.config.composition import Composed
 from lab.config.errors import ConfigError, MistakeError, hint, nearest
 from lab.config.layers import origin
+from lab.config.targets import locate, refuse_untrusted
 from lab.config.tree import Key, dotted, lookup, misplaced
 
 Config: TypeAlias = Composed | Mapping[str, Any]
@@ -70,9 +70,9 @@ class UnknownNameError(MistakeError):
 
     def meant(self, tree: Mapping[str, Any]) -> str:
         """The nearest name in this node, else the same name elsewhere in the config, else all names of this node."""
-        *node, name = map(str, self.key)
+        name = str(self.key[-1])
         near = nearest(name, self.valid)
-        return f"; did you mean {dotted((*node, near))}?" if near else misplaced(name, tree) or hint(name, self.valid)
+        return f"; did you mean {dotted((*self.key[:-1], near))}?" if near else misplaced(self.key, tree) or hint(name, self.valid)
 
 
 # ----------------------------------------------------------------------- nodes
@@ -151,8 +151,9 @@ def _check_result(key: Key, node: dict[str, Any], target: Any, annotation: Any) 
     options, partial, name = alternatives(annotation), node.get("_partial_", False), node["_target_"]
     if not isinstance(target, type) or any(_yields(target, partial, option) for option in options):
         return
-    culprit = (*key, "_partial_" if partial else "_target_")
-    if not partial and any(_yields(target, True, option) for option in options):
+    flag_is_wrong = any(_yields(target, not partial, option) for option in options)
+    culprit = (*key, "_partial_" if flag_is_wrong and "_partial_" in node else "_target_")
+    if flag_is_wrong and not partial:
         raise MistakeError(key, f"`_partial_: true` is missing: {name} gets further arguments later", culprit)
     raise MistakeError(key, f"expected {expected(annotation)}, got a {'partial ' if partial else ''}{name}", culprit)
 

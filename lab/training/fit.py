@@ -69,6 +69,8 @@ def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callb
 
 def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback], trust: list[str] | None, first_step: int) -> pl.Trainer:
     settings = experiment.trainer
+    if settings.precision == "16-mixed" and not torch.cuda.is_available():
+        raise RunError("trainer.precision=16-mixed needs a GPU; bf16-mixed works on the CPU")
     loggers = [JsonLines(run.path, first_step)]
     if experiment.logger:
         loggers.append(build_node("logger", experiment.logger, trust).build(run.path, first_step))

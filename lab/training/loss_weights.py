@@ -44,6 +44,12 @@ def parse_loss_weights(node: Mapping[str, Any], loss_names: tuple[str, ...], mod
         for key in parts:
             if key not in LossWeight.__dataclass_fields__:
                 raise ConfigError(f"loss_weights.{name}.{key}: unknown; a weight is a number or {{value, schedule, ramp_steps}}")
+        if "value" not in parts:
+            raise ConfigError(f"loss_weights.{name}.value is missing")
+        for key in ("value", "ramp_steps"):
+            number = parts.get(key, 0)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ConfigError(f"loss_weights.{name}.{key} must be a number, got {number!r}")
         weight = LossWeight(**parts)
         if weight.schedule not in get_args(Schedule):
             raise ConfigError(f"loss_weights.{name}.schedule must be one of {', '.join(get_args(Schedule))}, got {weight.schedule!r}")

@@ -1,0 +1,68 @@
+"""Every experiment of the repository: composes, is valid, and learns one batch by heart when shrunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab.analysis.metrics import cross_entropy
+from lab.config import check, check_late, compose
+from lab.mixers.lattice import neighbour_weights
+from lab.tasks import TrainLoader
+from lab.training.experiment import prepare
+
+ROOT = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.rglob("*.yaml"))
+SMALL = (
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.dropout=0.0",
+    "trainer.batch_size=8",
+    "trainer.max_steps=30",
+    "trainer.max_epochs=null",
+)
+
+
+def test_there_are_experiments():
+    assert {"none", "copy_reverse", "copy_reverse_small", "copy_reverse_small_vanilla"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_loss_falls_on_one_repeated_batch(name):
+    composed = compose([f"experiment={name}", *SMALL])
+    check(composed)
+    check_late(composed)
+    experiment = prepare(composed.config)
+    (batch,) = next(iter(TrainLoader(experiment.task.split("train"), 8, 1, 1, experiment.seed)))
+    optimizer = torch.optim.AdamW(experiment.model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = cross_entropy(experiment.model(batch.inputs, lengths=batch.lengths), batch.targets).sum() / (batch.targets >= 0).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["copy_reverse", "copy_reverse_small"])
+def test_the_baseline_has_as_many_parameters(name):
+    lattice, vanilla = (prepare(compose([f"experiment={name}{suffix}"]).config).model for suffix in ("", "_vanilla"))
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (lattice, vanilla))
+    assert abs(ours - theirs) / theirs < 1e-3
+
+
+def test_the_documented_size():
+    config = compose(["experiment=copy_reverse"]).config
+    documented = {
+        "model": {"vocab_size": 1000, "d_model": 256, "n_layers": 6},
+        "task": {"seq_len": 128, "n_train": 50000},
+        "trainer": {"batch_size": 128, "max_epochs": 50},
+        "optimizer": {"lr": 3e-4, "weight_decay": 0.01},
+    }
+    for node, values in documented.items():
+        assert {key: config[node][key] for key in values} == values
+    mixer = prepare(config).model.blocks[0].mixer
+    assert mixer.n_heads == 8 and torch.equal(mixer.W, neighbour_weights((2, 4), "moore", "open"))
