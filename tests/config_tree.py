@@ -79,15 +79,19 @@ TOY = """
                 raise ValueError(f"n_heads={n_heads} does not divide d_model={d_model}")
 
     class Lattice(Mixer):
-        def __init__(self, d_model: int, n_heads: int, shape: Optional[list[int]] = None, mode: Literal["wave", "gain"] = "wave") -> None: ...
+        def __init__(
+            self, d_model: int, n_heads: int, shape: Optional[list[int]] = None, mode: Literal["wave", "gain"] = "wave"
+        ) -> None: ...
 
     class Loose(Mixer):
         def __init__(self, d_model: int, width: int = 1, **more: Any) -> None:
             self.more = more
 
     class Model:
-        def __init__(self, vocab_size: int, d_model: int, n_layers: int, mixer: Callable[..., Mixer], sizes: tuple[int, float] = (1, 2.0),
-                     dropout: float = 0.0, path: Path | None = None, names: Mapping[str, int] | None = None) -> None:
+        def __init__(
+            self, vocab_size: int, d_model: int, n_layers: int, mixer: Callable[..., Mixer], sizes: tuple[int, float] = (1, 2.0),
+            path: Path | None = None, names: Mapping[str, int] | None = None, level: Literal[0, 1] = 0,
+        ) -> None:
             self.mixer, self.sizes, self.names = mixer(d_model=d_model), sizes, names
 
     class Task:
@@ -110,8 +114,10 @@ TOY = """
     class Progress:
         def __init__(self, every: int) -> None: ...
 
-    def experiment(model: Model, task: Task, trainer: Settings, optimizer: Adam, callbacks: Mapping[str, Any] | None = None,
-                   loss_weights: Mapping[str, Any] | None = None, seed: int = 42, run_dir: str | None = None) -> None: ...
+    def experiment(
+        model: Model, task: Task, trainer: Settings, optimizer: Adam, callbacks: Mapping[str, Any] | None = None,
+        loss_weights: Mapping[str, Any] | None = None, seed: int = 42, run_dir: str | None = None,
+    ) -> None: ...
     """
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import config_tree
 import pytest
 from config_tree import checked, toy_root, write
 
-from lab.config import ConfigError, build, check
+from lab.config import ConfigError, build, check, check_late
 
-pytest_plugins = ["config_tree"]
+home, user = config_tree.home, config_tree.user  # fixtures
 
 
 def test_build_gives_plain_containers_and_partials(user):
@@ -18,6 +19,14 @@ def test_build_gives_plain_containers_and_partials(user):
     assert type(model.sizes) is list and type(model.names) is dict
     assert build(None) is None
     assert [type(item).__name__ for item in build([{"_target_": "toy.Progress", "every": 1}])] == ["Progress"]
+
+
+def test_modules_of_the_current_folder_come_last(user):
+    write(user, {"alone.py": "class Thing: ...", "statistics.py": "class NormalDist: ..."})
+    assert type(build({"_target_": "alone.Thing"})).__name__ == "Thing"
+    assert sys.path[-1] == str(user)
+    sys.modules.pop("statistics", None)
+    assert build({"_target_": "statistics.NormalDist", "mu": 3}).mean == 3  # not the one of the current folder
 
 
 def test_what_a_constructor_raises_comes_through(user):
@@ -81,10 +90,18 @@ def test_a_loaded_config_may_not_call(user, target, place):
     with pytest.raises(ConfigError, match="a config that was loaded may not call|is not the dotted name|has no") as error:
         build(config, trust=[])
     assert target in str(error.value)
-    with pytest.raises(ConfigError):
-        check(config, root=toy_root(), trust=["ev", "lab.config.target"])
+    assert "--trust lab" not in str(error.value)
     assert not (user / "ran").exists()
     assert "evil" not in sys.modules and "labx" not in sys.modules
+
+
+def test_a_loaded_config_is_checked_without_importing_strangers(user):
+    write(user, {"evil.py": "open('ran', 'w')\nclass Thing: ..."})
+    config = checked().config | {"callbacks": [{"_target_": "evil.Thing"}]}
+    for look in (check, check_late):
+        with pytest.raises(ConfigError, match="callbacks.0._target_: a config that was loaded may not call evil.Thing"):
+            look(config, root=toy_root(), trust=["toy", "ev"])
+    assert not (user / "ran").exists()
 
 
 def test_no_target_hides_in_an_interpolation(user, monkeypatch):

@@ -63,6 +63,8 @@ def test_in_place_steps_fill_a_reserved_cache(make, ragged):
         torch.testing.assert_close(got.y, want.y)
         pure, state = want.state, got.state
     assert addresses == (state["k"].data_ptr(), state["v"].data_ptr())
+    assert state["v"].shape == state["k"].shape, "a step would widen all of v"
+    torch.testing.assert_close(mixer(x[:, :2], state, want=("state",)).y, mixer(x[:, :2], pure))  # it can go on without "in_place"
 
 
 @pytest.mark.parametrize("make", MIXERS)

@@ -84,7 +84,8 @@ class Evaluation(nn.Module):
     def compute(self, model: SequenceModel) -> tuple[dict[str, float], list[float | None]]:
         """(metrics by name, accuracy by position with None where nothing is scored), over all ranks."""
         metrics = self.tokens.compute()
-        by_position = [None if value != value else value for value in metrics.pop("by_position").tolist()]
+        # reshape: torchmetrics turns a tensor of one element into a scalar
+        by_position = [None if value != value else value for value in metrics.pop("by_position").reshape(-1).tolist()]
         losses = {name: metric.compute() for name, metric in self.losses.items()}
         metrics |= losses | {f"mean_{name}": value for name, value in model.derived_metrics(losses).items()}
         if self.free_samples:

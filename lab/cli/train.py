@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 
 from lab.cli import Parser, run
@@ -14,7 +15,7 @@ examples:
   lab-train --config experiments/copy_reverse_small.yaml      the same by its file, which may lie anywhere
   lab-train experiment=copy_reverse_small optimizer.lr=1e-3   with another value
   lab-train experiment=copy_reverse_small model=transformer   with another option of a group (a folder of configs/)
-  lab-train model=lot mixer@model.mixer=attention             with another option inside of a node
+  lab-train model=transformer mixer@model.mixer=lattice ...   with another option inside of a node
   lab-train 'task.eval_lengths=[1,2]' "run_dir='runs/my run'" lists and texts with special characters, quoted for the shell
   lab-train ... run_dir=PATH                                  names the folder; the same command again resumes what it holds
   lab-train resume=RUN trainer.max_steps=4000                 goes on by the config that the run stored
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="lab-train", usage=USAGE, description="Train a model on a task, as a config says.", epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="lab-train", usage=USAGE, description="Train a model on a task, as a config says.", epilog=EXAMPLES + _options(),
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a value, or an option of a group: optimizer.lr=1e-3 model=lot")
     parser.add_argument("--config", metavar="FILE", help="an experiment given by its YAML file")
@@ -46,6 +47,15 @@ def _parser() -> Parser:
     parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hydra-help", action="store_true", help="Hydra's own help: its grammar, its flags")
     return parser
+
+
+def _options() -> str:
+    """What there is to choose from, in lab and in the current folder."""
+    from lab.config.files import options
+
+    groups = {group: ", ".join(sorted(found)) for group, found in options().items()}
+    lines = [textwrap.fill(f"{group:14}{names}", 140, initial_indent="  ", subsequent_indent=" " * 16) for group, names in groups.items()]
+    return "\n".join(["\nto choose from:", *lines])
 
 
 def _main(arguments: argparse.Namespace) -> None:
@@ -102,10 +112,18 @@ def _print_config(words: list[str], package: str | None) -> None:
 
 
 def _hydra_help() -> None:
+    from hydra import initialize_config_dir
     from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
 
+    from lab.config import files
+
+    parser = get_args_parser()
     print("lab-train composes its config with Hydra and takes its overrides; of these flags it takes --cfg job, --package and --resolve.\n")
-    get_args_parser().print_help()
+    with initialize_config_dir(str(files.home() / "configs"), job_name="lab", version_base="1.3"):
+        main = GlobalHydra.instance().hydra
+        assert main is not None
+        main.hydra_help(config_name=None, args_parser=parser, args=parser.parse_args([]))
 
 
 if __name__ == "__main__":

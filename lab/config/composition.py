@@ -1,4 +1,4 @@
-"""From the words of a command line to one plain, resolved config. Nothing here imports torch; see check.py for what is valid."""
+"""From the words of a command line to one plain, resolved config. Nothing here imports torch; validation.py says what is right."""
 
 from __future__ import annotations
 
@@ -67,21 +67,17 @@ def resolve(stored: Any) -> Any:
 
 
 def _expect_root_key(config: DictConfig, value: Override, chosen: dict[str, str]) -> None:
-    """The mistakes that can be told without importing anything."""
+    """Needs no import, and comes before a group with a mistyped name would be taken for a new key."""
     key = value.key_or_group
-    for choice in chosen:
-        group, _, package = choice.partition("@")
-        if package and key == package and isinstance(value.value(), str) and not value.is_delete():
-            raise ConfigError(f"{value.input_line} ({SHELL}): {key} is a node; an option is chosen by {choice}={value.value()}")
     root = key.partition(".")[0]
-    if root not in config:
-        plain = OmegaConf.to_container(config, resolve=False)
-        assert isinstance(plain, dict)
-        names = sorted({*map(str, plain), *chosen})
-        near = nearest(root, names)
-        tail = key.removeprefix(root) if near in plain else ""
-        right = f"; did you mean {near}{tail}?" if near else misplaced((root,), plain) or hint(root, names)
-        raise ConfigError(f"{key} ({SHELL}): there is no such key{right}")
+    if root in config:
+        return
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    names = sorted({*map(str, plain), *chosen})
+    near = nearest(root, names)
+    rest = key.removeprefix(root) if near in plain else ""
+    right = f"; did you mean {near}{rest}?" if near else misplaced((root,), plain) or hint(root, names)
+    raise ConfigError(f"{key} ({SHELL}): there is no such key{right}")
 
 
 # ----------------------------------------------------------------------- interpolation

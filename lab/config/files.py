@@ -8,6 +8,7 @@ Installed from a wheel, both folders sit inside the package; in a checkout, besi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,14 +38,20 @@ def options() -> Options:
     """Every option of every group."""
     found: Options = {"experiment": {}}
     for root in roots():
-        for file in sorted((root / "configs").rglob("*.yaml")):
-            group, *rest = file.relative_to(root / "configs").with_suffix("").parts
+        for file, (group, *rest) in _yaml_files(root / "configs"):
             if rest and group != "experiment":
                 found.setdefault(group, {}).setdefault("/".join(rest), []).append(file)
-        for file in sorted((root / "experiments").rglob("*.yaml")):
-            name = file.relative_to(root / "experiments").with_suffix("").as_posix()
-            found["experiment"].setdefault(name, []).append(file)
+        for file, names in _yaml_files(root / "experiments"):
+            found["experiment"].setdefault("/".join(names), []).append(file)
     return found
+
+
+def _yaml_files(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The files of a folder with the parts of their names, those of hidden folders excepted."""
+    for file in sorted(folder.rglob("*.yaml")):
+        names = file.relative_to(folder).with_suffix("").parts
+        if not any(name.startswith(".") for name in names):
+            yield file, names
 
 
 def option_file(found: Options, group: str, option: str, where: str, key: str | None = None) -> Path:

@@ -33,7 +33,8 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {dotted(path): value for path, value in leaves(dict(config))}
-    return {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)}
+    ours = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)}
+    return {key: value for key, value in ours.items() if value != {}}  # callbacks without progress is callbacks without any
 
 
 def _canonical(value: Any) -> str:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lab.config import files
 from lab.config.choices import chosen_files
-from lab.config.overrides import SHELL, read, set_value
+from lab.config.overrides import SHELL, Request, read, set_value
 from lab.config.tree import Key, lookup
 
 DELETED = "(deleted)"
@@ -23,26 +23,36 @@ class Layer(NamedTuple):
     lines: dict[Key, int]  # where in the file
 
     def where(self, key: Key) -> str:
+        key = tuple(map(str, key))
         return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
 
 
 def layers(overrides: list[str]) -> list[Layer]:
     """Lowest first. Merged in this order they give the config that `compose` resolves."""
     request = read(overrides)
-    found = [_of_file(file, package) for file, package in chosen_files(request)]
-    return found + [_of_override(override) for override in request.values]
+    return _files(request) + _words(request)
 
 
 def origin(overrides: list[str], key: Key) -> str:
-    """Where the value at `key` comes from: the last layer that sets it, or else the node around it."""
-    made_of = layers(overrides)
-    key = tuple(map(str, key))
+    """Where the value at `key` comes from: the last layer that sets it, or else the one that sets the node around it."""
+    request = read(overrides)
+    made_of = _words(request)
+    if not any(lookup(layer.tree, key) for layer in made_of):  # a word wins over the files, which take a while to find
+        made_of = _files(request) + made_of
     while key:
         for layer in reversed(made_of):
-            if lookup(layer.tree, key) is not None:
+            if lookup(layer.tree, key):
                 return layer.where(key)
         key = key[:-1]
     return SHELL
+
+
+def _files(request: Request) -> list[Layer]:
+    return [_of_file(file, package) for file, package in chosen_files(request)]
+
+
+def _words(request: Request) -> list[Layer]:
+    return [_of_override(override) for override in request.values]
 
 
 def _of_file(file: Path, package: str) -> Layer:

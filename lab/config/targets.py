@@ -54,7 +54,8 @@ def refuse_untrusted(config: Any, trust: list[str]) -> None:
     for path, target in places(config):
         if path[-1] == "_target_" and not _is_allowed(target, trust):
             prefix = str(target).partition(".")[0]
-            raise ConfigError(f"{dotted(path)}: a config that was loaded may not call {target}; if you trust it, add --trust {prefix}")
+            right = f"of lab only the classes of {', '.join(HOMES)}" if prefix == "lab" else f"if you trust it, add --trust {prefix}"
+            raise ConfigError(f"{dotted(path)}: a config that was loaded may not call {target}; {right}")
 
 
 def _is_allowed(target: Any, trust: list[str]) -> bool:
@@ -78,8 +79,10 @@ def _targets(node: Any) -> list[str]:
 
 
 def locate(target: Any) -> Any:
-    """What a `_target_` names, imported; the current folder is importable, after everything that is installed. ConfigError if there
-    is no such thing, with the nearest name."""
+    """What a `_target_` names, imported. The current folder is searched too, after everything that is installed.
+
+    ConfigError if there is no such thing, with the nearest name, or if its module fails.
+    """
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise ConfigError(f"{target!r} is not the dotted name of a class or function")
     here = str(File.cwd())

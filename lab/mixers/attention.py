@@ -67,7 +67,7 @@ def cached_attention(
     keys = write(state["k"], k, slot, in_place)
     values = write(state["v"], v, slot, in_place)
     visible = torch.arange(keys.shape[1], device=k.device) <= slot[..., None]  # (B, L, S)
-    y = attend(q, keys, values, visible[:, None], dropout)
+    y = attend(q, keys, values, visible[:, None], dropout)[..., : v.shape[-1]]
     if "state" not in want:
         return y, None
     return y, {"k": keys, "v": values, "length": length + (k.shape[1] if lengths is None else lengths)}
@@ -76,18 +76,23 @@ def cached_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """q (B, L, H, e), k (B, S, H, e), v (B, S, H, d); mask (B, 1, L, S) with True = may attend, None = causal with L = S."""
     d = v.shape[-1]
-    if q.shape[-1] > d:
-        v = F.pad(v, (0, q.shape[-1] - d))  # unequal head sizes would leave the fused path and build the (L, S) matrix
+    v = widen(v, q.shape[-1])  # unequal head sizes would leave the fused path and build the (L, S) matrix
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=1.0)
     return y.transpose(1, 2)[..., :d]
 
 
+def widen(x: Tensor, d: int) -> Tensor:
+    """x (..., e) -> (..., d) with zero columns added"""
+    return x if x.shape[-1] == d else F.pad(x, (0, d - x.shape[-1]))
+
+
 def write(cache: Tensor, new: Tensor, slot: Tensor, in_place: bool) -> Tensor:
-    """Puts new (B, L, H, e) into the slots (B, L) of cache (B, S, H, e): of the cache itself, or of a copy with room for L more."""
+    """Puts new (B, L, H, d) into the slots (B, L) of cache (B, S, H, e): of the cache itself, or of a copy with room for L more."""
     if not in_place:
         cache = F.pad(cache, (0, 0, 0, 0, 0, new.shape[1]))
-    return cache.scatter_(1, slot[..., None, None].expand_as(new), new.to(cache.dtype))
+    new = widen(new, cache.shape[-1]).to(cache.dtype)
+    return cache.scatter_(1, slot[..., None, None].expand_as(new), new)
 
 
 def empty_cache(
@@ -102,5 +107,6 @@ def empty_cache(
 
 
 def reserve_cache(state: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Zeros, not uninitialised memory: a masked NaN in v would still reach the output."""
-    return state | {name: F.pad(state[name], (0, 0, 0, 0, 0, n)) for name in ("k", "v")}
+    """n more slots, and v as wide as k, so that no step has to widen all of it. Zeros: a masked NaN in v would still reach the output."""
+    v = widen(state["v"], state["k"].shape[-1])
+    return state | {"k": F.pad(state["k"], (0, 0, 0, 0, 0, n)), "v": F.pad(v, (0, 0, 0, 0, 0, n))}

@@ -59,9 +59,9 @@ class Mixer(nn.Module, ABC):
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
         """The mathematics. Fields of the Output that are not in `want` may be left empty; expensive ones should be."""
 
-    @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """The state before the first token; None for device or dtype means that of the parameters."""
+        """The state before the first token; device and dtype default to those of the parameters. None is one too: `mix` starts afresh."""
+        return None
 
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for `n` more tokens, so that "in_place" steps can write into it. States of fixed size need none."""

@@ -33,9 +33,9 @@ Boundary = Literal["open", "periodic"]
 
 
 class Lattice(Attention):
-    """lattice_shape: rows and columns, their product is n_heads; None: the most square one. dt, coupling (kappa), alpha and
-    init_freq_range (omega) are starting values but dt. n_steps acts in gain and literal, drive in wave: false leaves phases that depend
-    on the position alone. dropout acts on the attention weights."""
+    """lattice_shape: rows and columns with product n_heads; None: the most square. init_freq_range (of omega), coupling (kappa) and alpha
+    are where learnable parameters start. n_steps acts in gain and literal. drive acts in wave; without it the phases depend on the
+    position alone. dropout acts on the attention weights."""
 
     loss_names = ("sync", "diversity")
 
@@ -135,14 +135,14 @@ class Lattice(Attention):
         if lengths is not None:
             real = torch.arange(length, device=r.device) < lengths.to(r.device)[:, None]  # (B, L)
             r = torch.where(real, r, 0).sum() / real.sum()
-        spread = self.omega.float().var(correction=0) / ((self.high - self.low) ** 2 / 12)
+        spread = self.omega.var(correction=0) / ((self.high - self.low) ** 2 / 12)
         return {"sync": 1 - r.mean(), "diversity": torch.exp(-spread)}
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         columns = 0 if self.phase_mode == "gain" else 2
         state = empty_cache(batch_size, self.n_heads, self.d_head + columns, self.d_head, self.q.weight, device, dtype)
         if self.phase_mode == "wave":
-            state["theta"] = self.theta0.to(state["k"].device).expand(batch_size, -1)
+            state["theta"] = self.theta0.to(state["k"].device).repeat(batch_size, 1)  # a copy: the buffer stays the model's
         return state
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class SequenceModel(nn.Module, ABC):
     @staticmethod
     def map_state(fn: Callable[[Tensor], Tensor], state: State) -> State:
         """fn on every tensor of a state. `model.map_state(lambda t: t[rows], state)` selects and reorders rows."""
-        return pytree.tree_map(fn, state)
+        return pytree.tree_map_only(Tensor, fn, state)
 
     def prefill(self, tokens: Tensor, state: State = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """A chunk at once: tokens (B, L) -> logits (B, L, V) and the state after it."""

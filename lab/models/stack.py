@@ -62,7 +62,8 @@ class Stack(SequenceModel):
         self.embedding = Embedding(vocab_size, d_model)
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff or 4 * d_model, dropout) for _ in range(n_layers))
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size)
         self.loss_names = self.mixers[0].loss_names

@@ -19,7 +19,7 @@ AUTO = "auto"
 log = logging.getLogger(__name__)
 
 _forced: dict[str, str] = {}  # op -> backend; an op that is missing follows the rule
-_used: dict[str, str] = {}  # op -> backend of its last call
+_used: dict[str, str | None] = {}  # op -> backend of its last call; a missing key would make compiled code depend on the first call
 _ops: dict[str, Op] = {}
 
 
@@ -44,6 +44,7 @@ class Op:
 
     def __post_init__(self) -> None:
         _ops[self.name] = self
+        _used[self.name] = None
 
     def __call__(self, *args: Any) -> Any:
         backend = self.choose(*args)
@@ -74,7 +75,7 @@ def ops() -> dict[str, tuple[str, ...]]:
 
 def used() -> dict[str, str]:
     """The backend of each op's last call in this process; ops that did not run are missing."""
-    return dict(_used)
+    return {op: backend for op, backend in _used.items() if backend is not None}
 
 
 def force(choice: Mapping[str, str]) -> None:

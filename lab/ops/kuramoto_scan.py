@@ -2,8 +2,8 @@
 
     theta_{t+1} = wrap(theta_t + dt [omega + u_t + kappa * F(theta_t)]),   F_i(theta) = sum_j W_ij sin(theta_j - theta_i)
 
-B = batch, L = length, H = oscillators. wrap takes the remainder modulo 2 pi. Source: Kuramoto (1975), explicit Euler; the drive u enters
-like a change of the natural frequency omega. Nonlinear in theta, hence sequential in t.
+B = batch, L = length, H = oscillators. wrap takes the remainder modulo 2 pi, up to rounding. The drive u enters like a change of the
+natural frequency omega. Nonlinear in theta, hence sequential in t. Source: Kuramoto (1975), by explicit Euler.
 
 Backends
     torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a `scan` of free length.
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import scan
 
 from lab.ops.backend import Backend, Op
 
@@ -32,8 +31,7 @@ def kuramoto_scan(
     number L. A drive of batch 1 with lengths (B,) gives last (B, H). Computes in float32 or, given any float64, in float64.
     Differentiable once in every tensor.
     """
-    H = drive.shape[-1]
-    B = drive.shape[0]
+    B, H = drive.shape[0], drive.shape[-1]
     got = [tuple(t.shape) for t in (theta0, omega, kappa, W)]
     if drive.ndim != 3 or got[0] not in ((H,), (B, H)) or got[1:] != [(H,), (H,), (H, H)]:
         raise ValueError(
@@ -71,7 +69,8 @@ def torch_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W
 
 
 def exported(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
-    """The same in operators that an exported file can hold: a loop whose length is an input."""
+    """The same in operators that an exported file can hold: a loop whose length is an input. Export under torch.no_grad()."""
+    from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
     free = dt * (drive + omega)
     pull = (dt * kappa[:, None] * W).T.contiguous()

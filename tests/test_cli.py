@@ -1,0 +1,252 @@
+"""The commands: what they print, how they end, and what they do not import before they must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lab.training
+from lab.cli import eval as lab_eval
+from lab.cli import train as lab_train
+from lab.config import Composed, ConfigError
+from lab.training.run import Interrupted, RunError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL = "experiment=copy_reverse_small"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the commands hand over to lab.training, which does nothing here."""
+    made = []
+    for name in ("train", "resume", "evaluate_run"):
+        monkeypatch.setattr(lab.training, name, lambda *a, _name=name: made.append((_name, *a)) or {"score": 1.0}, raising=False)
+    return made
+
+
+def fails(capsys, main, *words: str) -> tuple[int, str]:
+    """The exit code, and the one line on stderr."""
+    try:
+        code = main(list(words))
+    except SystemExit as error:  # argparse's
+        code = error.code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n"), (out, err)
+    return code, err.strip()
+
+
+# ----------------------------------------------------------------------- lab-train
+
+
+def test_train_gets_the_checked_config(calls):
+    assert lab_train.main([SMALL, "optimizer.lr=1e-3"]) == 0
+    ((name, composed),) = calls
+    assert name == "train" and isinstance(composed, Composed)
+    assert (composed.config["optimizer"]["lr"], composed.choices["experiment"]) == (1e-3, "copy_reverse_small")
+    assert composed.overrides == [SMALL, "optimizer.lr=1e-3"]
+
+
+@pytest.mark.parametrize("words", [["--config", "my files/x.yaml", "seed=3"], ["seed=3", "--config=my files/x.yaml"]])
+def test_an_experiment_by_file(calls, tmp_path, words):
+    (tmp_path / "my files").mkdir()
+    (tmp_path / "my files/x.yaml").write_text("seed: 1\ntrainer: {max_steps: 5}")
+    assert lab_train.main(words) == 0
+    ((_, composed),) = calls
+    assert (composed.config["seed"], composed.config["trainer"]["max_steps"], composed.choices["experiment"]) == (3, 5, "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "trust"),
+    [
+        (["resume=runs/a b", "trainer.max_steps=7"], []),
+        (["trainer.max_steps=7", "+resume='runs/a b'", "--trust", "mine"], ["mine"]),
+    ],
+)
+def test_resume_composes_nothing(calls, words, trust):
+    assert lab_train.main(words) == 0
+    assert calls == [("resume", "runs/a b", ["trainer.max_steps=7"], trust)]
+
+
+def test_resume_null_is_no_resume(calls):
+    assert lab_train.main([SMALL, "resume=null"]) == 0
+    assert calls[0][0] == "train"
+
+
+def test_the_printed_config_is_yaml_and_resolved(calls, capsys):
+    assert lab_train.main([SMALL, "task.vocab_size=48", "optimizer.lr=2e-3", "--cfg", "job", "--resolve"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["vocab_size"] == 48 and config["optimizer"]["lr"] == 2e-3
+    assert lab_train.main([SMALL, "--cfg", "job", "-p", "model.mixer"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == config["model"]["mixer"]
+    assert lab_train.main([SMALL, "--cfg", "job", "--package", "seed"]) == 0
+    assert capsys.readouterr().out == "42\n"
+    assert calls == []
+
+
+def test_a_printed_config_is_an_experiment(calls, capsys, tmp_path):
+    assert lab_train.main([SMALL, "model=transformer", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "x.yaml").write_text("defaults: [override /model: transformer]\n" + printed)
+    assert lab_train.main(["--config", "x.yaml", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+
+
+def test_explain(capsys):
+    assert lab_train.main(["--explain", "model.d_model", SMALL, "model.d_model=96"]) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert (first, last.split()) == ("model.d_model = 96", ["96", "command", "line"])
+
+
+def test_help_is_ours_and_hydras_is_hydras(capsys):
+    with pytest.raises(SystemExit) as end:
+        lab_train.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "examples:" in text and SMALL in text and "--hydra-help" in text and "hydra.run.dir" not in text
+    assert "copy_reverse, copy_reverse_small" in text and "--multirun" not in text
+    assert lab_train.main(["--hydra-help"]) == 0
+    assert "--multirun" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        lab_eval.main(["--help"])
+    assert "lab-eval RUN_OR_CHECKPOINT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model=transfomer"], "did you mean transformer?"),
+        ([SMALL, "model.n_layer=3"], "model.n_layer (command line): lab.models.Stack has no such argument; did you mean model.n_layers?"),
+        ([SMALL, "--confg", "x"], "did you mean --config?"),
+        ([SMALL, "--cfg", "jb"], "invalid choice: 'jb'"),
+        ([SMALL, "--cfg", "job", "-p", "model.dmodel"], "did you mean model.d_model?"),
+        ([SMALL, "-p", "model"], "--package belongs to --cfg job"),
+        ([SMALL, "--explain", "model.dmodel"], "did you mean model.d_model?"),
+        (["-m", SMALL, "seed=1,2"], "-m: there are no sweeps yet"),
+        ([SMALL, "seed=1,2"], "seed (command line): 1,2 is several values"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["resume=a", "--config", "x.yaml"], "leave out --config"),
+        (["resume=a", "resume=b"], "a second resume="),
+        ([SMALL, "--trust", "x"], "--trust belongs to resume=RUN"),
+        ([SMALL, "--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(calls, capsys, words, sentence):
+    code, line = fails(capsys, lab_train.main, *words)
+    assert code == 2 and line.startswith("lab-train: ") and sentence in line
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ConfigError("optimizer: lr is odd"), 2, "lab-train: optimizer: lr is odd"),
+        (RunError("the loss is NaN at step 3"), 1, "lab-train: the loss is NaN at step 3"),
+        (Interrupted("stopped by SIGTERM at step 3", 15), 143, "lab-train: stopped by SIGTERM at step 3"),
+        (Interrupted("stopped by SIGINT at step 3", 2), 130, "lab-train: stopped by SIGINT at step 3"),
+        (KeyboardInterrupt(), 130, "lab-train: interrupted"),
+        (PermissionError(13, "Permission denied", "/no/entry"), 1, "lab-train: /no/entry: Permission denied"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, sentence):
+    def train(composed):
+        raise error
+
+    monkeypatch.setattr(lab.training, "train", train, raising=False)
+    assert fails(capsys, lab_train.main, SMALL) == (code, sentence)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug without a file")])
+def test_a_bug_is_a_traceback(monkeypatch, error):
+    def train(composed):
+        raise error
+
+    monkeypatch.setattr(lab.training, "train", train, raising=False)
+    with pytest.raises(type(error), match="a bug"):
+        lab_train.main([SMALL])
+
+
+# ----------------------------------------------------------------------- lab-eval
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["runs/a"], ("runs/a", [], [], None)),
+        (
+            ["runs/a", "split=val", "task.eval_lengths=[1,2]", "--trust", "mine", "--trust", "yours", "--config", "x.yaml", "seed=1"],
+            ("runs/a", ["split=val", "task.eval_lengths=[1,2]", "seed=1"], ["mine", "yours"], "x.yaml"),
+        ),
+        (["--trust", "mine", "runs/a", "split=val"], ("runs/a", ["split=val"], ["mine"], None)),
+    ],
+)
+def test_eval_hands_over_and_prints(calls, capsys, words, arguments):
+    assert lab_eval.main(words) == 0
+    assert calls == [("evaluate_run", *arguments)]
+    assert json.loads(capsys.readouterr().out) == {"score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "RUN_OR_CHECKPOINT"),
+        (["split=val"], "split=val: the run or checkpoint comes first"),
+        (["runs/a", "--trst", "x"], "did you mean --trust?"),
+    ],
+)
+def test_mistakes_of_eval(calls, capsys, words, sentence):
+    code, line = fails(capsys, lab_eval.main, *words)
+    assert code == 2 and line.startswith("lab-eval: ") and sentence in line
+    assert calls == []
+
+
+# ----------------------------------------------------------------------- start-up
+
+HEAVY = ("torch", "pytorch_lightning", "torchmetrics", "tensorboard")
+PROGRAM = """
+import json, sys
+from lab.cli.train import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+print(json.dumps({"code": code, "modules": sorted({name.partition(".")[0] for name in sys.modules})}), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "absent"),
+    [
+        (["--help"], 0, HEAVY),
+        ([SMALL, "--cfg", "job"], 0, HEAVY),
+        ([SMALL, "--explain", "model"], 0, HEAVY),
+        (["model=transfomer"], 2, HEAVY),
+        (["experiment=copy_reverse_smal"], 2, HEAVY),
+        (["mixer@model.mixer=latice"], 2, HEAVY),
+        (["modle=lot"], 2, HEAVY),
+        ([SMALL, "model.n_layer=3"], 2, HEAVY[1:]),
+        ([SMALL, "trainer.max_steps=soon"], 2, HEAVY[1:]),
+        ([SMALL, "ops.kuramoto_scan=torc"], 2, HEAVY[1:]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nothing_heavy_is_imported_before_it_must(words, code, absent):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert report["code"] == code
+    assert not set(absent) & set(report["modules"])
+
+
+def test_nobody_reads_on():
+    """lab-train --cfg job | head -1"""
+    command = f'"{sys.executable}" -m lab.cli.train {SMALL} --cfg job | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
