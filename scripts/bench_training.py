@@ -39,6 +39,10 @@ MODELS = {
     "lot literal": ["model=lot", "model.mixer.phase_mode=literal"],
 }
 WARM_UP = 20
+SHARED = (
+    "experiment=copy_reverse_small", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000", "trainer.accelerator=cpu",
+    "task.n_val=64", "task.free_samples=0", "~callbacks.progress",
+)  # fmt: skip
 
 
 class Clock(pl.Callback):
@@ -99,9 +103,8 @@ def main() -> None:
     for name, choice in MODELS.items():
         steps = args.steps + WARM_UP
         composed = compose(
-            ["experiment=copy_reverse_small", *choice, f"trainer.max_steps={steps}", "trainer.val_every=1000000",
-             "trainer.checkpoint_every=1000000", "trainer.accelerator=cpu", "task.n_val=64", "task.free_samples=0", "~callbacks.progress", *args.overrides]
-        )  # fmt: skip
+            [*SHARED, *choice, f"trainer.max_steps={steps}", *args.overrides],
+        )
         pairs = [(bare_loop(prepare(composed.config)), lab_loop(prepare(composed.config), composed)) for _ in range(args.repeats)]
         bare, whole = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)

@@ -18,6 +18,11 @@ from lab.training.run import Interrupted, RunError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = "experiment=copy_reverse_small"
+SCORES = {"exact_match": 0.98765, "mean_sync_order": None}
+RESULT = {
+    "model": "lot", "task": "copy_reverse", "split": "val", "checkpoint": "best", "step": 7, "metrics": SCORES,
+    "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +35,7 @@ def calls(monkeypatch):
     """What the commands hand over to lab.training, which does nothing here."""
     made = []
     for name in ("train", "resume", "evaluate_run"):
-        monkeypatch.setattr(lab.training, name, lambda *a, _name=name: made.append((_name, *a)) or {"score": 1.0}, raising=False)
+        monkeypatch.setattr(lab.training, name, lambda *a, _name=name: made.append((_name, *a)) or (RESULT, Path("x.json")), raising=False)
     return made
 
 
@@ -188,10 +193,17 @@ def test_a_bug_is_a_traceback(monkeypatch, error):
         (["--trust", "mine", "runs/a", "split=val"], ("runs/a", ["split=val"], ["mine"], None)),
     ],
 )
-def test_eval_hands_over_and_prints(calls, capsys, words, arguments):
-    assert lab_eval.main(words) == 0
+def test_eval_hands_over(calls, capsys, words, arguments):
+    assert lab_eval.main([*words, "--json"]) == 0
     assert calls == [("evaluate_run", *arguments)]
-    assert json.loads(capsys.readouterr().out) == {"score": 1.0}
+    assert json.loads(capsys.readouterr().out) == RESULT
+
+
+def test_eval_prints_a_table(calls, capsys):
+    assert lab_eval.main(["runs/a"]) == 0
+    text = capsys.readouterr().out
+    for part in ("lot on copy_reverse, val split", "length 32", "0.9877", "length 64: not applicable (max_len 32)", "written to x.json"):
+        assert part in text
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,31 @@ from conftest import TINY
 from omegaconf import OmegaConf
 
 import lab
-from lab.config import ConfigError
-from lab.training import RunError, evaluate_run
+from lab.config import ConfigError, compose
+from lab.training import Run, RunError, evaluate_run, train
 
 SCHEMA = (
     "task model checkpoint split step params metrics by_length by_position config_hash code_version git_commit seed backends env"
 ).split()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        return train(compose([*TINY, "model=lot", "trainer.max_steps=6", "seed=3", "run_dir=run"])).path.resolve()
+
+
 @pytest.fixture
-def run(tiny):
-    return tiny("model=lot", "trainer.max_steps=6", "seed=3")
+def run(trained, tmp_path, monkeypatch):
+    """A copy of one trained run, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run", symlinks=True)
+    return Run("run")
 
 
 def test_evaluation_writes_one_schema(run):
-    result = evaluate_run("run", ["task.eval_lengths=[1,2]"], [])
+    result, _ = evaluate_run("run", ["task.eval_lengths=[1,2]"], [])
     assert list(result) == SCHEMA
     assert json.loads((run.path / "eval" / "test-best.json").read_text()) == result == json.loads((run.path / "metrics.json").read_text())
     assert (result["task"], result["model"], result["checkpoint"], result["split"]) == ("copy_reverse", "lot", "best", "test")
@@ -39,14 +49,14 @@ def test_evaluation_writes_one_schema(run):
 
 def test_longer_inputs_are_scored_where_the_model_takes_them(tiny):
     tiny("model=transformer", "model.position=none", "trainer.max_steps=2")
-    result = evaluate_run("run", ["task.eval_lengths=[1,2,4]"], [])
+    result, _ = evaluate_run("run", ["task.eval_lengths=[1,2,4]"], [])
     assert [set(scores) for scores in result["by_length"].values()] == [set(result["metrics"])] * 3
     assert list(result["by_length"]) == ["8", "16", "32"]
 
 
 def test_validation_by_lab_eval_is_that_of_training(run):
     logged = json.loads((run.path / "metrics.json").read_text())
-    again = evaluate_run("run", ["split=val"], [])
+    again, _ = evaluate_run("run", ["split=val"], [])
     for name in ("ce_loss", "token_accuracy", "exact_match", "sync"):
         assert again["metrics"][name] == pytest.approx(logged["metrics"][name], rel=1e-6)
     assert again["step"] == logged["step"] and again["by_position"] == pytest.approx(logged["by_position"])
@@ -70,7 +80,7 @@ def test_what_was_trained_cannot_be_overridden(run, word, sentence):
 
 
 def test_a_backend_can_be_forced(run):
-    result = evaluate_run("run", ["ops.kuramoto_scan=reference"], [])
+    result, _ = evaluate_run("run", ["ops.kuramoto_scan=reference"], [])
     assert result["backends"]["kuramoto_scan"] == "reference"
 
 
@@ -78,7 +88,7 @@ def test_a_config_file_must_not_contradict_the_run(run, tmp_path):
     words = [*(word for word in TINY if not word.startswith("~")), "trainer.max_steps=6", "seed=3"]
     text = "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.from_dotlist(words))
     (tmp_path / "mine.yaml").write_text(text)
-    assert evaluate_run("run", [], [], "mine.yaml")["split"] == "test"
+    assert evaluate_run("run", [], [], "mine.yaml")[0]["split"] == "test"
     (tmp_path / "other.yaml").write_text(text.replace("d_model: 16", "d_model: 32"))
     with pytest.raises(ConfigError, match=r"--config other.yaml contradicts the run: model.d_model: 32 here, 16 in the run"):
         evaluate_run("run", [], [], "other.yaml")
@@ -93,8 +103,8 @@ def test_a_checkpoint_alone_is_enough(run, tmp_path):
     tokens = task.split("test").batch(range(4)).inputs
     assert not model.training and torch.equal(model(tokens), expected(tokens))
     assert config["model"]["d_model"] == 16
-    result = evaluate_run(str(alone), [], [])
-    assert json.loads((alone.parent / "model.test.json").read_text()) == result
+    result, file = evaluate_run(str(alone), [], [])
+    assert file == alone.parent / "model.test.json" and json.loads(file.read_text()) == result
     assert torch.equal(lab.load(run.path / "checkpoint.pt")[0](tokens), expected(tokens))
 
 
@@ -112,7 +122,9 @@ def test_loading_says_what_is_wrong(run, tmp_path):
         lab.load(tmp_path / "cut.ckpt")
 
 
-@pytest.mark.parametrize("target", ["torch.load", "os.system", "builtins.eval", "lab.tasks.base.np.load", "lab.training.load", "mine.Model"])
+@pytest.mark.parametrize(
+    "target", ["torch.load", "os.system", "builtins.eval", "lab.tasks.base.np.load", "lab.training.load", "mine.Model"]
+)
 @pytest.mark.parametrize("place", ["model", "mixer", "task", "callbacks"])
 def test_a_stored_config_calls_nothing_foreign(run, tmp_path, target, place):
     """A config is code: whatever a run's config names, only lab's own classes are called."""
@@ -126,7 +138,7 @@ def test_a_stored_config_calls_nothing_foreign(run, tmp_path, target, place):
     else:
         config[place] = node
     torch.save(state, tmp_path / "evil.ckpt")
-    with pytest.raises(ConfigError, match=f"may not call {target}; if you trust it, add --trust {target.partition('.')[0]}"):
+    with pytest.raises(ConfigError, match=f"may not call {target};"):
         lab.load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -136,12 +148,14 @@ def test_a_users_own_data_set_needs_trust(tmp_path, monkeypatch, tiny):
         "class Data:\n    def __len__(self):\n        return 32\n    def __getitem__(self, i):\n        return [i % 9, 3, 4], [3, 4, 5]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = ["task=dataset", *(f"+task.{split}._target_=mine.Data" for split in ("train", "val", "test")), "task.vocab_size=9", "task.seq_len=3"]
-    from lab.config import compose
-    from lab.training import train
-
+    own = [
+        "task=dataset",
+        *(f"+task.{split}._target_=mine.Data" for split in ("train", "val", "test")),
+        "task.vocab_size=9",
+        "task.seq_len=3",
+    ]
     train(compose([*(word for word in TINY if not word.startswith("task.")), *own, "model=transformer", "run_dir=run"]))
     with pytest.raises(ConfigError, match="may not call mine.Data; if you trust it, add --trust mine"):
         lab.load("run")
     assert lab.load("run", trust=["mine"])[1].vocab_size == 9
-    assert evaluate_run("run", [], ["mine"])["split"] == "test"
+    assert evaluate_run("run", [], ["mine"])[0]["split"] == "test"

@@ -61,6 +61,13 @@ def test_stop_token(model):
     assert alone.shape == (1, 7)
 
 
+def test_steps_write_into_one_cache(model):
+    addresses = set()
+    model.blocks[0].register_forward_hook(lambda block, args, out: addresses.add(out.state["k"].data_ptr()))
+    model.generate(prompt(), 8)
+    assert len(addresses) == 2, "one of the prefill and one that all steps fill"
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"lengths": torch.tensor([6, 1, 3, 5])}, {"stop_token": 3}], ids=str)
 def test_streaming_equals_generate(model, options):
     def seeded():
@@ -89,9 +96,12 @@ def test_a_model_in_use_is_left_alone(model):
     """No gradients are recorded, the mode stays the caller's, and parameters, buffers and prompt do not change."""
     before, given = {name: t.clone() for name, t in model.state_dict().items()}, prompt()
     model.train()
-    assert not model.generate(given, 3).requires_grad and model.training
-    for token in model.stream(given, 2):
-        assert not token.requires_grad and torch.is_grad_enabled(), "no_grad leaks out between two tokens"
+    recorded = []
+    model.blocks[0].register_forward_hook(lambda block, args, out: recorded.append(out.y.requires_grad))
+    model.generate(given, 3)
+    for _ in model.stream(given, 2):
+        assert torch.is_grad_enabled(), "no_grad leaks out between two tokens"
+    assert recorded == [False] * 5 and model.training
     assert torch.equal(given, prompt())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lab.mixers import Attention, Lattice, Output
+from lab.mixers import Attention, Lattice, Mixer, Output
 
 MIXERS = [Attention, Lattice]
 
@@ -28,6 +28,21 @@ def test_plain_tensor_or_output(make):
         assert "record" in want or not out.record
     out.losses["mine"] = y  # the dictionaries belong to the caller
     assert "mine" not in mixer(x, want=("losses",)).losses and "mine" not in Output(y).losses
+
+
+class Generous(Mixer):
+    """Returns everything every time, as a simple mixer may."""
+
+    def mix(self, x, state, lengths, want):
+        return Output(x, x, {"size": x.mean()}, {"x": x})
+
+
+def test_the_base_returns_what_was_asked_for_alone():
+    mixer, x = Generous(), sequence()
+    assert mixer(x) is x and mixer.init_state(3) is None
+    for want in (("state",), ("losses",), ("record",), ("state", "record")):
+        out = mixer(x, want=want)
+        assert (out.state is not None, bool(out.losses), bool(out.record)) == tuple(f in want for f in ("state", "losses", "record"))
 
 
 def test_want_is_checked():

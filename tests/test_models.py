@@ -264,6 +264,29 @@ def test_initialise_refuses_a_model_that_has_moved():
 # The stack
 
 
+@torch.no_grad()
+def test_the_trunk_written_out():
+    model, tokens = vanilla(dropout=0.1).double().eval(), random_tokens()
+    conformance.randomise(model, 0)
+    p = dict(model.named_parameters())
+
+    def linear(name, x):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def gelu(x):
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+    x = p["embedding.weight"][tokens] + p["position.weight"][:L]
+    for i, block in enumerate(model.blocks):
+        x = x + block.mixer(norm(f"blocks.{i}.norm1", x))
+        x = x + linear(f"blocks.{i}.mlp.down", gelu(linear(f"blocks.{i}.mlp.up", norm(f"blocks.{i}.norm2", x))))
+    torch.testing.assert_close(model(tokens), linear("head", norm("norm", x)))
+
+
 def test_documented_sizes_and_names():
     with torch.device("meta"):
         model = instantiate(compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").model)

@@ -185,6 +185,7 @@ def test_float32_under_autocast_and_for_half_inputs(name):
         with torch.autocast("cpu", torch.bfloat16):  # a backward inside autocast as well
             for got, expected in zip(torch.autograd.grad(scalar(theta, last), args), grads, strict=True):
                 torch.testing.assert_close(got, expected)
+            assert scan_module.forward_op(*(t.detach().bfloat16() for t in args), 0.2).dtype == torch.float32
         halves = [t.detach().bfloat16() for t in args]
         theta, last = kuramoto_scan(*halves, 0.2)
         assert theta.dtype == torch.float32
@@ -253,6 +254,7 @@ def two_backends(monkeypatch):
 
 def test_the_first_backend_that_can(two_backends, caplog):
     assert ops.used() == {}
+    assert backend._used == {"increment": None}, "compiled code looks at the keys: one that comes later compiles every block twice"
     assert isinstance(two_backends(1), int) and ops.used() == {"increment": "fast"}
     with caplog.at_level(logging.WARNING, "lab.ops.backend"):
         assert isinstance(two_backends(-1), float) and ops.used() == {"increment": "reference"}

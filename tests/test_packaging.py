@@ -36,7 +36,9 @@ def test_the_wheel_holds_every_file(installed):
 
 
 def test_the_wheel_trains_in_an_empty_folder(installed, tmp_path):
-    (tmp_path / "mine.py").write_text("class Data:\n    def __len__(self):\n        return 8\n    def __getitem__(self, i):\n        return [i], [i]\n")
+    (tmp_path / "mine.py").write_text(
+        "class Data:\n    def __len__(self):\n        return 8\n    def __getitem__(self, i):\n        return [i], [i]\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     words = ["model=transformer", "task=dataset", "+task.train._target_=mine.Data", "+task.val._target_=mine.Data", "task.vocab_size=8"]
     words += ["task.seq_len=1", "model.d_model=8", "model.n_layers=1", "trainer.max_steps=1", "trainer.batch_size=4", "run_dir=run"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from lab.cli import Parser, run
 
-USAGE = "lab-eval RUN_OR_CHECKPOINT [KEY=VALUE ...] [--config FILE] [--trust PREFIX]"
+USAGE = "lab-eval RUN_OR_CHECKPOINT [KEY=VALUE ...] [--config FILE] [--trust PREFIX] [--json]"
 EXAMPLES = """\
 examples:
   lab-eval runs/copy_reverse_small/2026-11-21_10-00-00_1a2b3c4d              the test split, with the best checkpoint
@@ -18,7 +21,7 @@ examples:
   lab-eval RUN --trust mymodels                                              the run may call mymodels.* of the current folder
 
 Model, task and data are those of the run: a config is code, and only lab's own classes are called unless --trust names others.
-Writes eval/<split>-<checkpoint>.json and metrics.json into the run, and prints them.
+Writes eval/<split>-<checkpoint>.json and metrics.json into the run, and prints the metrics.
 """
 
 
@@ -37,6 +40,7 @@ def _parser() -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="how to evaluate: split, checkpoint, task.eval_lengths, ...")
     parser.add_argument("--config", metavar="FILE", help="the experiment that the run should be of; an error where it is not")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
+    parser.add_argument("--json", action="store_true", help="print all of metrics.json instead of a table")
     return parser
 
 
@@ -47,7 +51,32 @@ def _main(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-eval RUN_OR_CHECKPOINT {arguments.target}")
     from lab.training import evaluate_run
 
-    print(json.dumps(evaluate_run(arguments.target, arguments.overrides, arguments.trust, arguments.config), indent=1))
+    result, file = evaluate_run(arguments.target, arguments.overrides, arguments.trust, arguments.config)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print_table(result, file)
+
+
+def _print_table(result: dict[str, Any], file: Path) -> None:
+    """A column for each input length; what else was measured is in the file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lengths = result["by_length"] or {"": result["metrics"]}
+    table = Table(title=f"{result['model']} on {result['task']}, {result['split']} split, {result['checkpoint']} of step {result['step']}")
+    table.add_column("metric")
+    for length in lengths:
+        table.add_column(f"length {length}".strip(), justify="right")
+    for name in result["metrics"]:
+        values = [scores[name] if isinstance(scores, dict) else None for scores in lengths.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    for length, scores in lengths.items():
+        if isinstance(scores, str):
+            console.print(f"length {length}: {scores}")
+    console.print(f"written to {file}", soft_wrap=True)
 
 
 if __name__ == "__main__":

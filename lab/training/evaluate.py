@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval i
 ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.OPS))
 
 
-def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> dict[str, Any]:
-    """Evaluates a run or a checkpoint; writes eval/<split>-<checkpoint>.json and metrics.json, and returns what they hold.
+def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Evaluates a run or a checkpoint; returns the scores and the file they were written to.
+
+    In a run that is eval/<split>-<checkpoint>.json, and metrics.json as well; a checkpoint that lies elsewhere gets a file beside it.
 
     overrides: split (default test), checkpoint (best), and the keys of ALLOWED. config_file: a config that must not contradict the
     run's own. Raises RunError or ConfigError.
@@ -58,12 +61,12 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         by_length=by_length,
     )
     run = Run(path.parent.parent)
+    file = path.with_name(f"{path.stem}.{own['split']}.json")
     if run.exists():
-        write_json(run.path / "eval" / f"{own['split']}-{path.stem}.json", document)
+        file = run.path / "eval" / f"{own['split']}-{path.stem}.json"
         write_json(run.path / "metrics.json", document)
-    else:
-        write_json(path.with_name(f"{path.stem}.{own['split']}.json"), document)
-    return document
+    write_json(file, document)
+    return document, file
 
 
 def score(

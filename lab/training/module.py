@@ -26,6 +26,8 @@ from lab.training.optimizer import AdamW
 from lab.training.run import RunError
 from lab.training.settings import Settings
 
+ADVICE = "try a lower optimizer.lr, a longer warm-up or trainer.grad_clip"
+
 
 class LabModule(pl.LightningModule):
     """A model with what trains it. `identity` is stored in each checkpoint as the entry "lab": config, choices, hashes, versions."""
@@ -117,16 +119,13 @@ class LabModule(pl.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if not torch.isfinite(self.grad_norm) and self.settings.precision != "16-mixed":  # whose scaler skips such a step
             name = next(n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
-            raise RunError(
-                f"the gradient is not finite at step {self.global_step + 1}, first in {name}, while the loss still is; try a lower optimizer.lr"
-            )
+            raise RunError(f"the gradient, not the loss, is infinite or NaN at step {self.global_step + 1}, first in {name}; {ADVICE}")
 
     def _stop_non_finite(self, batch: Batch, loss: Tensor) -> None:
         with torch.no_grad():
             where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
-        raise RunError(
-            f"the loss is {float(loss.detach())} at step {self.global_step + 1}; the first non-finite value is in {where}; try a lower optimizer.lr"
-        )
+        value = float(loss.detach())
+        raise RunError(f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}")
 
     # ------------------------------------------------------------------ validation
 
