@@ -3,8 +3,8 @@
     python scripts/bench_training.py [--steps 200] [--repeats 5] [--threads 1] [--json FILE] [key=value ...]
 
 For each model: the same batches, model, optimiser, clipping and schedule in a bare PyTorch loop and in the whole training loop of
-lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the time per
-step. Overrides apply to experiment=copy_reverse_small. Validation and checkpoints are left out on both sides.
+lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the
+process CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small. Validation and checkpoints are left out on both sides.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ SHARED = (
 
 
 class Clock(pl.Callback):
-    """Seconds between the end of step WARM_UP and the end of the last one."""
+    """CPU seconds between the end of step WARM_UP and the end of the last one."""
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == WARM_UP:
-            self.start = time.perf_counter()
+            self.start = time.process_time()
         if trainer.global_step == trainer.max_steps:
-            self.seconds = time.perf_counter() - self.start
+            self.seconds = time.process_time() - self.start
 
 
 def bare_loop(experiment: Experiment) -> float:
-    """Seconds per step of a plain PyTorch loop."""
+    """CPU seconds per step of a plain PyTorch loop."""
     model, settings = experiment.model.train(), experiment.trainer
     optimizer, schedule = experiment.optimizer.build(model, experiment.max_steps)
     loader = TrainLoader(experiment.task.split("train"), settings.batch_size, 1, experiment.max_steps, experiment.seed)
@@ -64,7 +64,7 @@ def bare_loop(experiment: Experiment) -> float:
     start = 0.0
     for step, (batch,) in enumerate(loader):
         if step == WARM_UP:
-            start = time.perf_counter()
+            start = time.process_time()
         optimizer.zero_grad()
         out = model(batch.inputs, want=("losses",))
         loss = cross_entropy(out.y, batch.targets).sum() / (batch.targets != IGNORE).sum()
@@ -73,11 +73,11 @@ def bare_loop(experiment: Experiment) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         schedule.step()
-    return (time.perf_counter() - start) / (experiment.max_steps - WARM_UP)
+    return (time.process_time() - start) / (experiment.max_steps - WARM_UP)
 
 
 def lab_loop(experiment: Experiment, composed) -> float:
-    """Seconds per step of lab-train's loop."""
+    """CPU seconds per step of lab-train's loop."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Run(folder)
@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     table = Table(title=f"copy_reverse_small {' '.join(args.overrides)}, CPU, {args.threads} thread(s), medians of {args.repeats}")
-    for column in ("model", "bare loop, ms/step", "lab-train, ms/step", "steps/s", "overhead", "overhead, ms", "time / vanilla"):
+    for column in ("model", "bare loop, ms", "lab-train, ms", "steps/s", "overhead", "overhead, ms", "time / vanilla"):
         table.add_column(column, justify="right")
     rows = []
     for name, choice in MODELS.items():
