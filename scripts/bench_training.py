@@ -3,8 +3,9 @@
     python scripts/bench_training.py [--steps 200] [--repeats 5] [--threads 1] [--json FILE] [key=value ...]
 
 For each model: the same batches, model, optimiser, clipping and schedule in a bare PyTorch loop and in the whole training loop of
-lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the
-process CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small. Validation and checkpoints are left out on both sides.
+lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the process
+CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small; validation and checkpoints are
+left out on both sides.
 """
 
 from __future__ import annotations
