@@ -82,8 +82,7 @@ def lab_loop(experiment: Experiment, composed) -> float:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Run(folder)
-        run.write_config(composed)
-        fit(run, experiment, composed.stored, trust=None, extra_callbacks=[clock])
+        fit(run, experiment, composed.stored, None, lambda: run.write_config(composed), [clock])
     return clock.seconds / (experiment.max_steps - WARM_UP)
 
 

@@ -14,6 +14,7 @@ import lab.training
 from lab.cli import eval as lab_eval
 from lab.cli import train as lab_train
 from lab.config import Composed, ConfigError
+from lab.ops import backend
 from lab.training.run import Interrupted, RunError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def test_resume_null_is_no_resume(calls):
 
 
 def test_the_printed_config_is_yaml_and_resolved(calls, capsys):
-    assert lab_train.main([SMALL, "task.vocab_size=48", "optimizer.lr=2e-3", "--cfg", "job", "--resolve"]) == 0
+    assert lab_train.main([SMALL, "task.vocab_size=48", "optimizer.lr=2e-3", "--cfg", "job"]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["vocab_size"] == 48 and config["optimizer"]["lr"] == 2e-3
     assert lab_train.main([SMALL, "--cfg", "job", "-p", "model.mixer"]) == 0
@@ -104,6 +105,40 @@ def test_a_printed_config_is_an_experiment(calls, capsys, tmp_path):
     (tmp_path / "x.yaml").write_text("defaults: [override /model: transformer]\n" + printed)
     assert lab_train.main(["--config", "x.yaml", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+
+
+@pytest.mark.parametrize("group", ["callbacks", "logger"])
+def test_a_group_that_a_config_can_do_without(calls, capsys, group):
+    assert lab_train.main([SMALL, "--cfg", "job"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    code, line = fails(capsys, lab_train.main, SMALL, f"{group}=null", "--cfg", "job")
+    assert code == 2 and line.endswith(f"; ~{group} goes without")
+    assert lab_train.main([SMALL, f"~{group}", "--cfg", "job"]) == 0
+    assert config.pop(group) and yaml.safe_load(capsys.readouterr().out) == config
+    assert lab_train.main([SMALL, f"~{group}"]) == 0
+
+
+def test_a_data_set_given_as_the_sentence_says(calls, capsys, tmp_path):
+    (tmp_path / "mydata.py").write_text("class Data: ...")
+    words = ["task=dataset", "task.vocab_size=8", "task.seq_len=4", "task.val._target_=mydata.Data"]
+    code, line = fails(capsys, lab_train.main, *words)
+    assert code == 2 and "task.train (" in line and "dataset.yaml:" in line
+    assert "it must be a node such as +task.train._target_=yourmodule.Class, or a plain value" in line
+    assert lab_train.main([*words, "+task.train._target_=mydata.Data"]) == 0
+    assert calls[0][1].config["task"]["train"] == {"_target_": "mydata.Data"}
+
+
+def test_an_op_of_the_users_mixer_is_known(calls, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_ops", dict(backend._ops))
+    monkeypatch.setattr(backend, "_used", dict(backend._used))
+    assert "there is no such op" in fails(capsys, lab_train.main, SMALL, "ops.mine=fast")[1]
+    (tmp_path / "mymixer.py").write_text(
+        "from lab.mixers import Attention\nfrom lab.ops.backend import Backend, Op\n"
+        "Op('mine', (Backend('fast', print),))\nclass Mixer(Attention): ..."
+    )
+    mine = [SMALL, "model=transformer", "model.mixer._target_=mymixer.Mixer"]
+    assert lab_train.main([*mine, "ops.mine=fast"]) == 0
+    assert "mine has no backend fats; did you mean fast?" in fails(capsys, lab_train.main, *mine, "ops.mine=fats")[1]
 
 
 def test_explain(capsys):
@@ -138,6 +173,8 @@ def test_help_is_ours_and_hydras_is_hydras(capsys):
         (["-m", SMALL, "seed=1,2"], "-m: there are no sweeps yet"),
         ([SMALL, "seed=1,2"], "seed (command line): 1,2 is several values"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["resume=runs/a", "--cfg", "job"], "resume=runs/a goes on by the config that the run stored; read it in runs/a/config.yaml"),
+        (["+resume=runs/a/", "--explain", "seed"], "read it in runs/a/config.yaml"),
         (["resume=a", "--config", "x.yaml"], "leave out --config"),
         (["resume=a", "resume=b"], "a second resume="),
         ([SMALL, "--trust", "x"], "--trust belongs to resume=RUN"),
@@ -209,7 +246,7 @@ def test_eval_prints_a_table(calls, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "RUN_OR_CHECKPOINT"),
+        ([], "the following arguments are required: RUN_OR_CHECKPOINT (lab-eval --help"),
         (["split=val"], "split=val: the run or checkpoint comes first"),
         (["runs/a", "--trst", "x"], "did you mean --trust?"),
     ],
@@ -255,6 +292,24 @@ def test_nothing_heavy_is_imported_before_it_must(words, code, absent):
     report = json.loads(done.stderr.splitlines()[-1])
     assert report["code"] == code
     assert not set(absent) & set(report["modules"])
+
+
+@pytest.mark.parametrize("module", ["lab.config", "torch"])
+@pytest.mark.parametrize(("command", "word"), [("train", SMALL), ("eval", "x")])
+def test_ctrl_c_during_the_imports(command, word, module):
+    """Also where the imported module swallows the exception, as numpy does."""
+    program = f"""if True:
+        import contextlib, signal, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                with contextlib.suppress(KeyboardInterrupt):
+                    if name == {module!r}:
+                        signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Finder())
+        from lab.cli.{command} import main
+        sys.exit(main([{word!r}]))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"lab-{command}: interrupted\n")
 
 
 def test_nobody_reads_on():

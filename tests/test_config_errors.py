@@ -36,6 +36,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "inner group, plain": (["mixer=attention"], [SHELL, "did you mean mixer@model.mixer=attention?"]),
     "inner group, elsewhere": (["mixer@model.mixr=attention"], [SHELL, "did you mean mixer@model.mixer=attention?"]),
     "inner node": (["model.mixer=attention"], [SHELL, "got 'attention'; an option is chosen by mixer@model.mixer=attention"]),
+    "null for a group that may go": (["callbacks=null"], [SHELL, "the name of one option: default; ~callbacks goes without"]),
     "null option": (["model=null"], ["model=null", SHELL, "the name of one option: lot, transformer"]),
     "two options": (["model=[lot,transformer]"], ["the name of one option"]),
     "deleted choice": (["~mixer@model.mixer"], ["~mixer@model.mixer", "the name of one option"]),
@@ -82,7 +83,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "not a name": (["model._target_='a b'"], ["'a b' is not the dotted name"]),
     "number for a target": (["model._target_=3"], ["model._target_", "3 is not the dotted name"]),
     # missing
-    "missing value": (["task=own"], ["task.data (", "configs/task/own.yaml:1)", "it needs a value, any value: task.data=..."]),
+    "missing value": (["task=own"], ["task.data (", "own.yaml:1): it is not set; it must be a node such as +task.data._target_=your"]),
     "missing argument": (["~model.d_model"], ["model.d_model (", "configs/model/lot.yaml:6)", "toy.Model needs it; it must be an int"]),
     "missing where used": (["task.vocab_size=???"], ["${task.vocab_size} refers to a value that is missing; set task.vocab_size=..."]),
     # grammar
@@ -136,6 +137,9 @@ FILES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
                    ["task._target_ (configs/task/mine.yaml:1)", "toy has no Tsk; did you mean Task?"]),
     "own missing argument": ({"configs/task/mine.yaml": "_target_: toy.Task\nvocab_size: 7"}, ["task=mine"],
                              ["task.lengths (configs/task/mine.yaml:1)", "toy.Task needs it; it must be a list (an int each)"]),
+    "own missing object": ({"own.py": "import toy\nclass T(toy.Task):\n def __init__(self, vocab_size, data): ...",
+                            "configs/task/mine.yaml": "_target_: own.T\nvocab_size: 7"}, ["task=mine"],
+                           ["own.T needs it; it must be a node such as +task.data._target_=yourmodule.Class, or a plain value"]),
     "the word wins": ({"experiments/x.yaml": "seed: a"}, ["experiment=x", "seed=b"], ["seed (command line)", "got 'b'"]),
     "choice as a value": ({"experiments/x.yaml": "model: transformer"}, ["experiment=x"],
                           ["model (experiments/x.yaml:1)", "got 'transformer'; an option is chosen by model=transformer",
@@ -170,6 +174,11 @@ FILES: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     "line of the defaults": ({"experiments/x.yaml": "defaults: [3]"}, ["experiment=x"], ["(experiments/x.yaml): 3 is not of the form"]),
     "option in an option": ({"configs/model/mine.yaml": "# @package _global_\ndefaults: [/mixer@model.mixer: latice]"}, ["model=mine"],
                             ["mixer@model.mixer=latice (configs/model/mine.yaml)", "did you mean lattice?"]),
+    "package below a comment": ({"configs/model/mine.yaml": "# mine\n# @package _global_\nmodel: {_target_: toy.Model}"}, ["model=mine"],
+                                ["configs/model/mine.yaml: `# @package ...` must be the first line"]),
+    "package below, chosen by a file": ({"configs/model/mine.yaml": "model: {}\n# @package _global_",
+                                         "experiments/x.yaml": "defaults: [override /model: mine, override /mixer@model.mixer: lattice]"},
+                                        ["experiment=x"], ["configs/model/mine.yaml: `# @package ...` must be the first line"]),
     "module": ({"broken.py": "import nosuch", "experiments/x.yaml": "model: {_target_: broken.A}"}, ["experiment=x"],
                ["model._target_ (experiments/x.yaml:1)", "broken.A cannot be imported: No module named 'nosuch'"]),
     "syntax": ({"broken.py": "def", "experiments/x.yaml": "model: {_target_: broken.A}"}, ["experiment=x"],
@@ -186,6 +195,12 @@ def test_mistakes_in_files(user, name):
     text = message(*words)
     for part in parts:
         assert part in text, text
+
+
+def test_blank_lines_may_stand_above_the_package(user, home):
+    text = (home / "configs/model/lot.yaml").read_text()
+    write(user, {"configs/model/mine.yaml": "# @other x\n\n" + text + "# the package is above"})
+    assert checked("model=mine").config["model"]["d_model"] == 128
 
 
 def test_a_broken_experiment_disturbs_no_other(user):

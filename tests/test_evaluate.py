@@ -125,7 +125,7 @@ def test_loading_says_what_is_wrong(run, tmp_path):
 @pytest.mark.parametrize(
     "target", ["torch.load", "os.system", "builtins.eval", "lab.tasks.base.np.load", "lab.training.load", "mine.Model"]
 )
-@pytest.mark.parametrize("place", ["model", "mixer", "task", "callbacks"])
+@pytest.mark.parametrize("place", ["model", "mixer", "task", "trainer"])
 def test_a_stored_config_calls_nothing_foreign(run, tmp_path, target, place):
     """A config is code: whatever a run's config names, only lab's own classes are called."""
     state = torch.load(run.last, weights_only=True)
@@ -133,14 +133,31 @@ def test_a_stored_config_calls_nothing_foreign(run, tmp_path, target, place):
     node = {"_target_": target, "f": "x", "command": f"touch {tmp_path / 'executed'}"}
     if place == "mixer":
         config["model"]["mixer"] = node
-    elif place == "callbacks":
-        config["callbacks"] = {"x": node}
     else:
         config[place] = node
     torch.save(state, tmp_path / "evil.ckpt")
     with pytest.raises(ConfigError, match=f"may not call {target};"):
         lab.load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "executed").exists()
+
+
+def test_what_only_training_needs_is_not_built(run, tmp_path):
+    state = torch.load(run.last, weights_only=True)
+    state["lab"]["config"]["callbacks"] = {"x": {"_target_": "os.mkdir", "path": str(tmp_path / "executed")}}
+    torch.save(state, tmp_path / "own.ckpt")
+    lab.load(tmp_path / "own.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_file_is_not_a_choice_of_checkpoints(run):
+    with pytest.raises(RunError, match="is a checkpoint itself: checkpoint=best chooses one of a run"):
+        evaluate_run("run/checkpoints/last.ckpt", ["checkpoint=best"], [])
+
+
+def test_a_double_precision_run_is_scored_in_double_precision(tiny):
+    tiny("trainer.precision=64-true", "trainer.max_steps=1")
+    model, _, _ = lab.load("run")
+    assert next(model.parameters()).dtype == torch.float64
 
 
 def test_a_users_own_data_set_needs_trust(tmp_path, monkeypatch, tiny):

@@ -17,7 +17,7 @@ from lab.models import Stack, initialise
 from lab.ops import backend, kuramoto_scan, use
 
 scan_module = importlib.import_module("lab.ops.kuramoto_scan")  # the name in lab.ops is the function
-BACKENDS = ops.OPS["kuramoto_scan"]
+BACKENDS = ops.ops()["kuramoto_scan"]
 SHAPES = [(1, 1, 1), (2, 0, 3), (1, 7, 2), (3, 33, 8), (5, 17, 7), (2, 40, 12)]
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, rows, tensors
 
-from lab.config import compose
+from lab.config import ConfigError, compose
 from lab.training import Run, RunError, resume, train
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 
@@ -88,11 +90,47 @@ def test_a_longer_training_goes_on_with_its_schedule(tiny, capsys):
     assert run.job()["step"] == 9 and run.config()["trainer"]["max_steps"] == 9
     assert run.hparams()["resumed"][0]["with"] == ["trainer.max_steps=9"]
     rates = [row["train/lr"] for row in rows("run") if "train/lr" in row]
-    assert rates[6] == pytest.approx(
-        compose([*TINY]).config["optimizer"]["lr"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 7 / 9)).item())
-    )
+    assert rates[6] == pytest.approx(compose([*TINY]).config["optimizer"]["lr"] * 0.5 * (1 + math.cos(math.pi * 6 / 9)))
     resume("run", ["trainer.max_steps=9"], trust=[])
     assert "is finished at step 9" in capsys.readouterr().out
+
+
+def test_the_first_step_of_a_longer_training_learns(tiny):
+    """The checkpoint's learning rate is that of the old schedule's end: 0."""
+    run = tiny("trainer.max_steps=6")
+    before = tensors(run.last)
+    resume("run", ["trainer.max_steps=7"], trust=[])
+    moved = [float((tensors(run.last)[name] - value).abs().max()) for name, value in before.items() if name.startswith("/state_dict")]
+    assert max(moved) > 1e-5
+    run.write_job("interrupted")
+    with pytest.raises(ConfigError, match="run is at step 7: trainer.max_steps cannot be 3"):
+        resume("run", ["trainer.max_steps=3"], trust=[])
+
+
+@pytest.mark.parametrize("words", [[], ["fresh=true"]])
+def test_a_folder_of_the_user_is_left_alone(tiny, words):
+    folder = Path("mine")
+    (folder / "eval").mkdir(parents=True)
+    for name in ("data.json", "notes.yaml", "config.yaml", "eval/keep.txt"):
+        (folder / name).write_text("x")
+    with pytest.raises(RunError, match="mine is not a run of lab, and not empty: choose another run_dir"):
+        tiny(*words, run_dir="mine")
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != ".lock") == [
+        "config.yaml",
+        "data.json",
+        "keep.txt",
+        "notes.yaml",
+    ]
+
+
+def test_starting_over_removes_what_the_run_wrote_and_nothing_else(tiny):
+    run = tiny("trainer.max_steps=2")
+    (run.path / "notes.txt").write_text("mine")
+    (run.checkpoints / ".last.ckpt.1.tmp").write_text("half")
+    tiny("trainer.max_steps=3", "fresh=true")
+    assert (run.path / "notes.txt").read_text() == "mine" and run.job()["step"] == 3
+    assert [row["step"] for row in rows("run") if "train/loss" in row] == [1, 2, 3]
+    assert len(list(run.path.glob("events.out.tfevents.*"))) == 1 and not list(run.checkpoints.glob(".*"))
 
 
 def test_resume_changes_nothing_but_hardware_and_length(tiny):
@@ -126,7 +164,7 @@ def test_one_process_writes_a_run(tiny):
 def test_a_run_folder_says_what_it_is(tmp_path):
     with pytest.raises(RunError, match="there is no such run folder"):
         resume(str(tmp_path / "nothing"), [], [])
-    with pytest.raises(RunError, match="not a run folder, it has no config.yaml"):
+    with pytest.raises(RunError, match="not a run of lab"):
         resume(str(tmp_path), [], [])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lab.analysis.metrics import TokenScores
+from lab.config import ConfigError
 from lab.tasks import CopyReverse, Dataset
 from lab.tasks.base import IGNORE, random_integers
 
@@ -134,13 +135,13 @@ def test_a_users_dataset_is_padded_on_the_right():
 )
 def test_a_users_bad_item_is_named(item, sentence):
     good = Pairs(([1], [1]))
-    with pytest.raises(ValueError, match=rf"task\.val\[0\].*{sentence}"):
+    with pytest.raises(ConfigError, match=rf"task\.val\[0\].*{sentence}"):
         Dataset(10, 4, train=good, val=Pairs(item))
 
 
 def test_a_users_dataset_without_a_test_split_says_so():
     good = Pairs(([1], [1]))
-    with pytest.raises(ValueError, match="task.test is not set"):
+    with pytest.raises(ConfigError, match="task.test is not set"):
         Dataset(10, 4, train=good, val=good).split("test")
-    with pytest.raises(ValueError, match="eval_lengths"):
+    with pytest.raises(ConfigError, match="eval_lengths"):
         Dataset(10, 4, train=good, val=good).split("val", scale=2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -24,9 +26,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: str, body: Callable[[], None]) -> int:
-    """The exit code of a command. What the user can mend, or a run that says why it failed, is one line on stderr; a bug is a traceback."""
-    from lab.config import ConfigError
-    from lab.training.run import Interrupted, RunError
+    """The exit code of a command. What the user can mend, or a run that says why it failed, is one line on stderr; a bug is a traceback.
+
+    `body` is all that the command does, reading its words included: the imports take a second, and Ctrl-C may come in it.
+    """
+    try:
+        return _run(command, body)
+    except KeyboardInterrupt:
+        return _say(command, "interrupted", 130)
+
+
+@contextmanager
+def starting(command: str) -> Iterator[None]:
+    """For imports, before anything is done: Ctrl-C ends the process at once. Raised inside of numpy or torch it may be swallowed."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # neither ignored nor someone else's
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_say(command, "interrupted", 130)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run(command: str, body: Callable[[], None]) -> int:
+    with starting(command):
+        from lab.config import ConfigError
+        from lab.training.run import Interrupted, RunError
 
     try:
         body()
@@ -37,8 +62,6 @@ def run(command: str, body: Callable[[], None]) -> int:
         return _say(command, error, error.exit_code)
     except RunError as error:
         return _say(command, error, 1)
-    except KeyboardInterrupt:
-        return _say(command, "interrupted", 130)
     except BrokenPipeError:  # `lab-train --cfg job | head`: nobody reads on, and that is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import Parser, run
+from lab.cli import Parser, run, starting
 
 USAGE = "lab-eval RUN_OR_CHECKPOINT [KEY=VALUE ...] [--config FILE] [--trust PREFIX] [--json]"
 EXAMPLES = """\
@@ -26,9 +26,7 @@ Writes eval/<split>-<checkpoint>.json and metrics.json into the run, and prints 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    return run(parser.prog, lambda: _main(arguments))
+    return run("lab-eval", lambda: _main(_parser().parse_intermixed_args(argv)))
 
 
 def _parser() -> Parser:
@@ -37,7 +35,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, or a checkpoint file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="how to evaluate: split, checkpoint, task.eval_lengths, ...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="how to evaluate: split, checkpoint, task.eval_lengths"
+    )
     parser.add_argument("--config", metavar="FILE", help="the experiment that the run should be of; an error where it is not")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
     parser.add_argument("--json", action="store_true", help="print all of metrics.json instead of a table")
@@ -49,7 +49,8 @@ def _main(arguments: argparse.Namespace) -> None:
 
     if "=" in arguments.target:
         raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-eval RUN_OR_CHECKPOINT {arguments.target}")
-    from lab.training import evaluate_run
+    with starting("lab-eval"):
+        from lab.training import evaluate_run
 
     result, file = evaluate_run(arguments.target, arguments.overrides, arguments.trust, arguments.config)
     if arguments.json:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
-from lab.cli import Parser, run
+from lab.cli import Parser, run, starting
 
 USAGE = "lab-train [KEY=VALUE ...] [--config FILE] [options]"
 EXAMPLES = """\
@@ -27,9 +28,7 @@ seeing before believing:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    return run(parser.prog, lambda: _main(arguments))
+    return run("lab-train", lambda: _main(_parser().parse_intermixed_args(argv)))
 
 
 def _parser() -> Parser:
@@ -41,7 +40,6 @@ def _parser() -> Parser:
     parser.add_argument("--config", metavar="FILE", help="an experiment given by its YAML file")
     parser.add_argument("--cfg", choices=["job"], help="print the resolved config and exit")
     parser.add_argument("--package", "-p", metavar="KEY", help="with --cfg: only this node")
-    parser.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # Hydra's; here the config is always resolved
     parser.add_argument("--explain", metavar="KEY", help="print each file and word that sets this key, and exit")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="with resume=: a module that the run may call")
     parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
@@ -71,28 +69,30 @@ def _main(arguments: argparse.Namespace) -> None:
         raise ConfigError("-m: there are no sweeps yet; run lab-train once for each value")
     if arguments.package and not arguments.cfg:
         raise ConfigError("--package belongs to --cfg job")
+    resumed = [word for word in arguments.overrides if word.lstrip("+").startswith("resume=")]
+    runs = [parse(word).value() for word in resumed]
+    if any(runs) and (arguments.cfg or arguments.explain):
+        raise ConfigError(f"resume={runs[0]} goes on by the config that the run stored; read it in {Path(str(runs[0]), 'config.yaml')}")
     if arguments.explain:
         print(explain(arguments.explain, words))
         return
     if arguments.cfg:
         _print_config(words, arguments.package)
         return
-
-    resumed = [word for word in arguments.overrides if word.lstrip("+").startswith("resume=")]
-    runs = [parse(word).value() for word in resumed]
     if any(runs):
         if len(runs) > 1 or arguments.config:
             raise ConfigError("resume=RUN goes on by the config that the run stored; leave out --config and a second resume=")
-        from lab.training import resume
+        with starting("lab-train"):
+            from lab.training import resume
 
         resume(str(runs[0]), [word for word in arguments.overrides if word not in resumed], arguments.trust)
         return
     if arguments.trust:
         raise ConfigError("--trust belongs to resume=RUN; a config that you give here may call anything")
-    composed = compose(words)
-    check(composed)
-
-    from lab.training import train
+    with starting("lab-train"):
+        composed = compose(words)
+        check(composed)
+        from lab.training import train
 
     train(composed)
 
@@ -119,7 +119,7 @@ def _hydra_help() -> None:
     from lab.config import files
 
     parser = get_args_parser()
-    print("lab-train composes its config with Hydra and takes its overrides; of these flags it takes --cfg job, --package and --resolve.\n")
+    print("lab-train composes its config with Hydra and takes its overrides; of these flags it takes --cfg job and --package.\n")
     with initialize_config_dir(str(files.home() / "configs"), job_name="lab", version_base="1.3"):
         main = GlobalHydra.instance().hydra
         assert main is not None

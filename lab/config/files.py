@@ -8,7 +8,9 @@ Installed from a wheel, both folders sit inside the package; in a checkout, besi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -71,7 +73,17 @@ def option_file(found: Options, group: str, option: str, where: str, key: str | 
     for other in others:
         if other.read_bytes() != first.read_bytes():
             raise ConfigError(f"{asked}: {show(other)} has the name of lab's own {show(first)}; rename yours")
+    if group != "experiment":  # those are merged at the root whatever they say
+        _expect_package_first(first)
     return first
+
+
+def _expect_package_first(file: Path) -> None:
+    """ConfigError where `# @package` stands below anything but blank lines and other `# @` lines: Hydra does not read it there."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    body = dropwhile(lambda line: not line.strip() or re.match(r"\s*#\s*@", line), lines)
+    if any(re.match(r"\s*#\s*@package\b", line) for line in body):
+        raise ConfigError(f"{show(file)}: `# @package ...` must be the first line")
 
 
 def experiment_name(file: Path) -> str:

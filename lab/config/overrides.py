@@ -20,6 +20,7 @@ from lab.config import files
 from lab.config.errors import ConfigError, hint
 
 SHELL = "command line"
+OPTIONAL = ("callbacks", "logger")  # groups that a config can do without
 KEY = re.compile(r"(\+{1,2}|~)?\w[\w/-]*(\.[\w-]+)*(@[\w-]+(\.[\w-]+)*)?")
 
 
@@ -64,7 +65,8 @@ def _choice(override: Override, options: files.Options) -> tuple[str, str]:
     key = group if override.package is None else f"{group}@{override.package}"
     if override.is_delete() or not isinstance(option, str):
         names = ", ".join(sorted(options.get(group, ())))
-        raise ConfigError(f"{override.input_line} ({SHELL}): {key} takes the name of one option: {names}")
+        without = f"; ~{key} goes without" if key in OPTIONAL and option is None else ""
+        raise ConfigError(f"{override.input_line} ({SHELL}): {key} takes the name of one option: {names}{without}")
     if group == "experiment" and option.endswith((".yaml", ".yml")):
         raise ConfigError(f"experiment={option} ({SHELL}): a file is given by --config {option}")
     files.option_file(options, group, option, SHELL, key)

@@ -98,12 +98,13 @@ def _check_root(tree: Mapping[str, Any], root: Root, late: bool) -> None:
 
 
 def _check_ops(forced: Mapping[str, str]) -> None:
-    from lab.ops import OPS  # imports torch
+    from lab.ops import ops  # imports torch
 
+    known = ops()  # with those of the model that was just checked, and so imported
     for op, backend in forced.items():
-        if op not in OPS:
-            raise UnknownNameError(("ops", op), "there is no such op", list(OPS))
-        backends = ("auto", *OPS[op])
+        if op not in known:
+            raise UnknownNameError(("ops", op), "there is no such op", list(known))
+        backends = ("auto", *known[op])
         if backend not in backends:
             raise MistakeError(("ops", op), f"{op} has no backend {backend}{hint(backend, backends)}")
 
@@ -135,8 +136,8 @@ def _check_node(key: Key, node: dict[str, Any], annotation: Any) -> None:
     positional = len(node.get("_args_", ()))
     for argument, parameter in list(named.items())[positional:]:
         if argument not in node and parameter.default is parameter.empty and not node.get("_partial_", False):
-            problem = f"{name} needs it; it must be {expected(types[argument])}" if argument in types else f"{name} needs it"
-            raise MistakeError((*key, argument), problem, culprit=(*key, "_target_"))
+            place = (*key, argument)
+            raise MistakeError(place, f"{name} needs it; it must be {_wanted(place, types.get(argument, Any))}", culprit=(*key, "_target_"))
 
 
 def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
@@ -177,9 +178,16 @@ def _yields(target: type, partial: bool, option: Any) -> bool:
 # ----------------------------------------------------------------------- values
 
 
+def _wanted(key: Key, annotation: Any) -> str:
+    """The annotation in words; for one that says nothing, how an object is given."""
+    if "any" in map(kind, alternatives(annotation)):
+        return f"a node such as +{dotted(key)}._target_=yourmodule.Class, or a plain value"
+    return expected(annotation)
+
+
 def _check_value(key: Key, value: Any, annotation: Any) -> None:
     if value == "???":
-        raise MistakeError(key, f"it needs a value, {expected(annotation)}: {dotted(key)}=...")
+        raise MistakeError(key, f"it is not set; it must be {_wanted(key, annotation)}")
     if isinstance(value, dict) and "_target_" in value:
         _check_node(key, value, annotation)
         return

@@ -48,6 +48,10 @@ class CopyReverse(Task):
             raise ValueError(f"task.seq_len must be a positive multiple of {parts} with layout {layout}, got {seq_len}")
         if any(scale < 1 for scale in eval_lengths):
             raise ValueError(f"task.eval_lengths must be multiples of seq_len from 1 on, got {list(eval_lengths)}")
+        if min(n_train, n_val, n_test) < 1:
+            raise ValueError(f"task.n_train, n_val and n_test must be at least 1, got {n_train}, {n_val} and {n_test}")
+        if seed < 0:
+            raise ValueError(f"task.seed must be 0 or more, got {seed}")
         self.vocab_size, self.seq_len, self.layout, self.seed = vocab_size, seq_len, layout, seed
         self.sizes = dict(zip(SPLITS, (n_train, n_val, n_test), strict=True))
         self.prefix_len = seq_len // parts

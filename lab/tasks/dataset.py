@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lab.config import ConfigError
 from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task
 
 
@@ -36,9 +37,9 @@ class Dataset(Task):
 
     def split(self, name: str, scale: int = 1) -> DatasetSplit:
         if scale != 1:
-            raise ValueError("task=dataset has no samples at other lengths: leave task.eval_lengths at [1]")
+            raise ConfigError("task=dataset has no samples at other lengths: leave task.eval_lengths at [1]")
         if self.data[name] is None:
-            raise ValueError(f"task.{name} is not set: this task has no {name} split")
+            raise ConfigError(f"task.{name} is not set: the run has no {name} split; lab-eval takes split=val")
         return DatasetSplit(self, name)
 
 
@@ -50,23 +51,23 @@ class DatasetSplit(Split):
         return len(self.data)
 
     def item(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item `index` as int64 tensors; raises ValueError where it is not what the task node says."""
+        """Item `index` as int64 tensors; raises ConfigError where it is not what the task node says."""
         where = f"task.{self.name}[{index}]"
         try:
             inputs, targets = (torch.as_tensor(part).long() for part in self.data[index])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} must be a pair (input_ids, target_ids) of integers: {error}") from error
+            raise ConfigError(f"{where} must be a pair (input_ids, target_ids) of integers: {error}") from error
         if inputs.ndim != 1 or inputs.shape != targets.shape:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} must be two 1-D sequences of equal length, got shapes {tuple(inputs.shape)} and {tuple(targets.shape)}"
             )
         if not 0 < len(inputs) <= self.task.seq_len:
-            raise ValueError(f"{where} has {len(inputs)} tokens; task.seq_len allows 1 to {self.task.seq_len}")
+            raise ConfigError(f"{where} has {len(inputs)} tokens; task.seq_len allows 1 to {self.task.seq_len}")
         scored = targets[targets != IGNORE]
         for name, tokens in (("input_ids", inputs), ("target_ids", scored)):
             low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
             if not 0 <= low <= high < self.task.vocab_size:
-                raise ValueError(f"{where} has {name} from {low} to {high}; task.vocab_size allows 0 to {self.task.vocab_size - 1}")
+                raise ConfigError(f"{where} has {name} from {low} to {high}; task.vocab_size allows 0 to {self.task.vocab_size - 1}")
         return inputs, targets
 
     def batch(self, indices: Indices) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -42,7 +44,9 @@ class Checkpoints(pl.Callback):
     def __init__(self, run: Run, every: int, monitor: str = "val/ce_loss") -> None:
         self.run, self.every, self.monitor = run, every, monitor
         self.best: dict[str, Any] = {"value": float("inf")}  # value, step, metrics and by_position of the best validation
+        self.saved_step = -1
         self.received: int | None = None  # the number of the signal
+        self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
 
     # ------------------------------------------------------------------ when to save
@@ -60,6 +64,8 @@ class Checkpoints(pl.Callback):
                 f"validation gave no {self.monitor}, which selects the best checkpoint; it gave {sorted(trainer.callback_metrics)}"
             )
         value = float(trainer.callback_metrics[self.monitor])
+        if not math.isfinite(value):
+            raise RunError(f"{self.monitor} is {value} at step {trainer.global_step}: has the validation split any scored target?")
         if value < self.best["value"]:
             metrics = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
             self.best = {"value": value, "step": trainer.global_step, "metrics": metrics, "by_position": pl_module.by_position}
@@ -71,6 +77,7 @@ class Checkpoints(pl.Callback):
 
     def _save_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.run.last)
+        self.saved_step = trainer.global_step
         if trainer.is_global_zero and not (self.run.path / "checkpoint.pt").is_symlink():
             link(self.run.path / "checkpoint.pt", Path("checkpoints") / self.run.last.name)
         number = self._stopping(pl_module)
@@ -97,6 +104,8 @@ class Checkpoints(pl.Callback):
         pl_module.received_signal = self.received or 0  # type: ignore[assignment]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.saved_step != trainer.global_step:  # another callback ended training early
+            self._save_last(trainer, pl_module)
         self._restore_signals()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -104,6 +113,10 @@ class Checkpoints(pl.Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The first signal asks for a stop after the current step; a second one stops at once."""
+        if os.getpid() != self._pid:  # a forked loader worker: the process that it works for decides
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number

@@ -17,7 +17,7 @@ from lab.training.load import find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError, environment, write_json
 
 OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
-ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.OPS))
+ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.ops()))
 
 
 def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -29,7 +29,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     run's own. Raises RunError or ConfigError.
     """
     own, of_the_run = _sort(overrides)
-    path = find_checkpoint(target, own["checkpoint"])
+    path = find_checkpoint(target, own.get("checkpoint"))
     loaded = load_checkpoint(path, trust, of_the_run)
     if config_file is not None:
         difference = first_difference(compose([f"--config={config_file}"]).stored, loaded.identity["config"])
@@ -60,9 +60,9 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         by_position=by_position,
         by_length=by_length,
     )
-    run = Run(path.parent.parent)
     file = path.with_name(f"{path.stem}.{own['split']}.json")
-    if run.exists():
+    run = Run(path.parent.parent)
+    if path.parent == run.checkpoints and run.exists():
         file = run.path / "eval" / f"{own['split']}-{path.stem}.json"
         write_json(run.path / "metrics.json", document)
     write_json(file, document)
@@ -110,7 +110,8 @@ def metrics_document(
 
 def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     """lab-eval's own options, and the overrides of the run's config; a key that would change what was trained is refused."""
-    own, of_the_run = {"split": "test", "checkpoint": "best"}, []
+    own: dict[str, str] = {"split": "test"}
+    of_the_run = []
     for word in overrides:
         key, _, value = word.partition("=")
         if key in OWN:

@@ -6,7 +6,7 @@ Lightning is imported late, inside `fit`: a config is checked, and its task and 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ RESUMABLE = (
 )  # fmt: skip
 
 
-LENGTH = {"trainer.max_steps": "trainer.max_epochs", "trainer.max_epochs": "trainer.max_steps"}  # each excludes the other
+OTHER_LENGTH = {"trainer.max_steps": "trainer.max_epochs", "trainer.max_epochs": "trainer.max_steps"}  # each excludes the other
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,13 @@ class Experiment:
     resume: str | None = None
     fresh: bool = False
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+
     @property
     def weights(self) -> dict[str, LossWeight]:
-        return parse_loss_weights(self.loss_weights, self.model.loss_names, type(self.model).__name__)
+        return parse_loss_weights(self.loss_weights, self.model.loss_names, "the model")
 
     @property
     def max_steps(self) -> int:
@@ -67,13 +71,13 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None) -> Experi
     ConfigError names the node whose values do not fit together.
     """
     built = {name: build_node(name, config[name], trust) for name in ("task", "trainer", "optimizer", "model")}
-    initialise(built["model"], config["seed"])
-    experiment = Experiment(**{**config, **built})
     try:
+        experiment = Experiment(**{**config, **built})
         _ = experiment.weights, experiment.max_steps
         ops.force(experiment.ops)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    initialise(experiment.model, experiment.seed)
     return experiment
 
 
@@ -81,19 +85,22 @@ def build_node(name: str, node: Any, trust: list[str] | None) -> Any:
     try:
         return build(node, trust)
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        sentence = str(error)
+        raise ConfigError(sentence if sentence.startswith(f"{name}.") else f"{name}: {sentence}") from error
 
 
 def train(composed: Composed) -> Run:
     """Trains what the command line composed: in a new run folder, or in `run_dir` by the one rule of identity.
 
-    An unfinished run of the same config resumes, a finished one is left as it is, one of another config is a ConfigError.
+    An unfinished run of the same config resumes, a finished one is left as it is, one of another config is a ConfigError. Nothing is
+    written, and nothing of an older run removed, before all of the config is known to be good.
     """
     check(composed)
     experiment = prepare(composed.config)
     run = Run(_folder_of_this_rank() or experiment.run_dir or new_run_path(composed))
     with run.writer(exclusive=not _folder_of_this_rank()) as first:
-        if first and run.exists() and not experiment.fresh:
+        anew = first and (experiment.fresh or not run.exists())
+        if first and not anew:
             difference = first_difference(composed.stored, run.config())
             if difference:
                 raise ConfigError(f"run_dir={run.path} holds another experiment: {difference}; choose another, or fresh=true to start over")
@@ -101,10 +108,13 @@ def train(composed: Composed) -> Run:
                 print(f"{run.path} is finished; nothing to do (fresh=true would start over)")
                 return run
             _warn_of_other_code(run)
-        elif first:
-            run.clear()
-            run.write_config(composed)
-        _fit(run, experiment, composed.config, composed.stored, None)
+
+        def begin() -> None:
+            if anew:
+                run.clear()
+                run.write_config(composed)
+
+        _fit(run, experiment, composed, begin, None)
     return run
 
 
@@ -116,33 +126,37 @@ def resume(path: str, overrides: list[str], trust: list[str]) -> Run:
         key = word.lstrip("+~").partition("=")[0]
         if key not in RESUMABLE:
             raise ConfigError(f"{key} cannot change when a run is resumed, its stored config decides; allowed are {', '.join(RESUMABLE)}")
-        if key in LENGTH:
-            words.insert(0, f"{LENGTH[key]}=null")
+        if key in OTHER_LENGTH:
+            words.insert(0, f"{OTHER_LENGTH[key]}=null")
     stored = override(run.config(), words)
     config = resolve(stored)
     check(config, trust=trust)
     experiment = prepare(config, trust)
     with run.writer(exclusive=not _folder_of_this_rank()) as first:
-        if first:
-            job = run.job()
-            if job.get("status") == "done" and experiment.max_steps <= job["step"]:
-                print(f"{run.path} is finished at step {job['step']}; a larger trainer.max_steps would go on from there")
-                return run
+        job = run.job()
+        if first and job.get("status") == "done" and experiment.max_steps <= job["step"]:
+            print(f"{run.path} is finished at step {job['step']}; a larger trainer.max_steps would go on from there")
+            return run
+
+        def begin() -> None:
             if overrides:
                 run.write_resumed(stored, overrides)
+            if len(words) > len(overrides):
                 print(f"with {' '.join(overrides)}: the schedule of the learning rate is now that of {experiment.max_steps} steps")
             _warn_of_other_code(run)
-        _fit(run, experiment, config, stored, trust)
+
+        composed = Composed(config, stored, run.hparams()["choices"], overrides)
+        _fit(run, experiment, composed, begin, trust)
     return run
 
 
-def _fit(run: Run, experiment: Experiment, config: dict[str, Any], stored: dict[str, Any], trust: list[str] | None) -> None:
+def _fit(run: Run, experiment: Experiment, composed: Composed, begin: Callable[[], None], trust: list[str] | None) -> None:
     from lab.training.fit import fit
 
-    check_late(config, trust=trust)
+    check_late(composed if trust is None else composed.config, trust=trust)
     os.environ[RUN_DIR] = str(run.path.resolve())
     try:
-        fit(run, experiment, stored, trust)
+        fit(run, experiment, composed.stored, trust, begin)
     finally:
         del os.environ[RUN_DIR]
 

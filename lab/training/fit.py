@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
-from lab.config import config_hash
+from lab.config import ConfigError, config_hash
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -26,18 +28,33 @@ from lab.training.run import Interrupted, Run, RunError, code_version, write_jso
 
 
 def fit(
-    run: Run, experiment: Experiment, stored: dict[str, Any], trust: list[str] | None, extra_callbacks: Sequence[pl.Callback] = ()
+    run: Run,
+    experiment: Experiment,
+    stored: dict[str, Any],
+    trust: list[str] | None,
+    begin: Callable[[], None],
+    extra_callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Trains from the run's last checkpoint, or from the start, to max_steps. Writes job.json and metrics.json.
 
-    stored: the config with its environment variables unresolved, as it goes into each checkpoint. extra_callbacks: from Python.
+    stored: the config with its environment variables unresolved, as it goes into each checkpoint. begin: what the first process does
+    to the folder, after everything that can be wrong with the config has been found. extra_callbacks: from Python.
     """
     _quiet()
-    first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
+    try:
+        callbacks = [*_callbacks(experiment, trust), *extra_callbacks, checkpoints]
+        trainer = _trainer(run, experiment, callbacks)
+        loaders = _loaders(experiment, trainer)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0].removeprefix('trainer.')}") from error
+    if trainer.is_global_zero:
+        begin()
+    first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
+    if first_step > experiment.max_steps:
+        raise ConfigError(f"{run.path} is at step {first_step}: trainer.max_steps cannot be {experiment.max_steps}")
+    trainer.loggers = _loggers(run, experiment, trust, first_step)
     module = _module(run, experiment, stored)
-    trainer = _trainer(run, experiment, [*_callbacks(experiment, trust), *extra_callbacks, checkpoints], trust, first_step)
-    loaders = _loaders(experiment, trainer)
     if trainer.is_global_zero:
         _say_what_starts(run, experiment, first_step)
     with _job(run, trainer):
@@ -61,19 +78,28 @@ def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabM
 
 
 def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callback]:
-    callbacks = [build_node(f"callbacks.{name}", node, trust) for name, node in (experiment.callbacks or {}).items() if node]
+    callbacks = []
+    for name, node in (experiment.callbacks or {}).items():
+        callback = build_node(f"callbacks.{name}", node, trust)
+        if not isinstance(callback, pl.Callback):
+            raise ConfigError(f"callbacks.{name} must be a pytorch_lightning.Callback, got a {type(callback).__name__}")
+        callbacks.append(callback)
     if experiment.trainer.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=experiment.trainer.ema))
     return callbacks
 
 
-def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback], trust: list[str] | None, first_step: int) -> pl.Trainer:
-    settings = experiment.trainer
-    if settings.precision == "16-mixed" and not torch.cuda.is_available():
-        raise RunError("trainer.precision=16-mixed needs a GPU; bf16-mixed works on the CPU")
-    loggers = [JsonLines(run.path, first_step)]
+def _loggers(run: Run, experiment: Experiment, trust: list[str] | None, first_step: int) -> list[Logger]:
+    loggers: list[Logger] = [JsonLines(run.path, first_step)]
     if experiment.logger:
         loggers.append(build_node("logger", experiment.logger, trust).build(run.path, first_step))
+    return loggers
+
+
+def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback]) -> pl.Trainer:
+    settings = experiment.trainer
+    if settings.precision == "16-mixed" and not torch.cuda.is_available():
+        raise ConfigError("trainer.precision=16-mixed needs a GPU; bf16-mixed works on the CPU")
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     trainer = pl.Trainer(
         max_steps=experiment.max_steps,
@@ -86,7 +112,7 @@ def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback], tru
         val_check_interval=settings.val_every,
         check_val_every_n_epoch=None,
         callbacks=callbacks,
-        logger=loggers,
+        logger=False,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.path,
         enable_progress_bar=has_bar,
@@ -135,7 +161,8 @@ def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
         if isinstance(error, OSError):
             raise RunError(f"{run.path}: {error}; after mending it, the same command with run_dir={run.path} goes on") from error
         raise
-    run.write_job("done", step=trainer.global_step)
+    early = trainer.global_step < trainer.max_steps
+    run.write_job("done", step=trainer.global_step, reason=f"a callback ended it before step {trainer.max_steps}" if early else None)
 
 
 def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:

@@ -22,21 +22,24 @@ class Loaded(NamedTuple):
     step: int
 
 
-def load(target: str | Path, checkpoint: str = "best", trust: Sequence[str] = ()) -> tuple[SequenceModel, Task, dict[str, Any]]:
+def load(target: str | Path, checkpoint: str | None = None, trust: Sequence[str] = ()) -> tuple[SequenceModel, Task, dict[str, Any]]:
     """(model in eval mode on the CPU, task, resolved config) of a run folder or a checkpoint file.
 
-    checkpoint: `best` (by validation) or `last`, for a run. trust: prefixes of `_target_` beside lab's own that may be built, such
-    as "mypackage."; a config is code, and a run may come from anywhere. Raises RunError or ConfigError in one sentence.
+    checkpoint: `best` (by validation, the default) or `last`, of a run. trust: prefixes of `_target_` beside lab's own that may be
+    built, such as "mypackage"; a config is code, and a run may come from anywhere. Raises RunError or ConfigError in one sentence.
     """
     loaded = load_checkpoint(find_checkpoint(target, checkpoint), list(trust))
     return loaded.model, loaded.task, loaded.config
 
 
-def find_checkpoint(target: str | Path, checkpoint: str = "best") -> Path:
-    """The checkpoint file that a run folder or a file name stands for."""
+def find_checkpoint(target: str | Path, checkpoint: str | None = None) -> Path:
+    """The checkpoint file that a run folder (best, if nothing else is said) or a file name stands for."""
     path = Path(target)
     if path.is_file():
+        if checkpoint is not None:
+            raise RunError(f"{path} is a checkpoint itself: checkpoint={checkpoint} chooses one of a run")
         return path.resolve()
+    checkpoint = checkpoint or "best"
     run = Run.open(path)
     file = run.checkpoints / f"{checkpoint}.ckpt"
     if not file.exists():
@@ -50,7 +53,8 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
     """overrides: values that replace those of the stored config, for lab-eval's own options."""
     checkpoint = read_checkpoint(path)
     identity = checkpoint["lab"]
-    config = resolve(override(identity["config"], list(overrides)))
+    stored = {key: node for key, node in identity["config"].items() if key not in ("callbacks", "logger")}  # of training alone
+    config = resolve(override(stored, list(overrides)))
     check(config, trust=trust)
     experiment = prepare(config, trust)
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
@@ -60,4 +64,5 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
         raise RunError(
             f"{path}: its weights do not fit the model of its config in this version of lab: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return Loaded(experiment.model.eval(), experiment.task, config, identity, checkpoint["global_step"])
+    model = experiment.model.double() if experiment.trainer.precision == "64-true" else experiment.model
+    return Loaded(model.eval(), experiment.task, config, identity, checkpoint["global_step"])

@@ -10,7 +10,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from lab.training.run import write_text
+from lab.training.run import strict, write_text
 
 
 class JsonLines(Logger):
@@ -41,7 +41,7 @@ class JsonLines(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps(strict({"step": step, **metrics})) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -60,4 +60,4 @@ class TensorBoard:
 
     def build(self, folder: Path, first_step: int) -> Logger:
         # purge_step hides what a killed run wrote after the checkpoint that it now continues from
-        return TensorBoardLogger(save_dir=folder, name="", version="", purge_step=first_step or None)
+        return TensorBoardLogger(save_dir=folder, name="", version="", purge_step=first_step + 1)

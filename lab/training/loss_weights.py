@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from lab.config import ConfigError
+from lab.config.errors import hint
 
 Schedule = Literal["off", "ramp", "plateau"]
 
@@ -35,11 +35,8 @@ def parse_loss_weights(node: Mapping[str, Any], loss_names: tuple[str, ...], mod
     weights = {name: LossWeight(0.0) for name in loss_names}
     for name, value in node.items():
         if name not in loss_names:
-            near = get_close_matches(name, loss_names, n=1)
-            has = f"it has {', '.join(loss_names)}" if loss_names else "it has none"
-            raise ConfigError(
-                f"loss_weights.{name}: {model} has no auxiliary loss {name!r}; {has}" + (f" (did you mean {near[0]}?)" if near else "")
-            )
+            advice = hint(name, loss_names, "it has") if loss_names else "; it has none"
+            raise ConfigError(f"loss_weights.{name}: {model} has no auxiliary loss {name}{advice}")
         parts = value if isinstance(value, Mapping) else {"value": value}
         for key in parts:
             if key not in LossWeight.__dataclass_fields__:

@@ -45,6 +45,9 @@ class LabModule(pl.LightningModule):
         self.received_signal = 0  # by this process
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
         self.grad_norm: Tensor | None = None
+        self.layer_grad_norms: dict[str, float] = {}
+        self._logging = False  # whether this step is logged
+        self._failed: tuple[Batch, float] | None = None  # the micro-batch of this step whose loss is not finite, and that loss
         self._stored_states: list[dict[str, Any]] = []  # from a checkpoint, until training starts
         self._clock = time.perf_counter()
         self._tokens = 0
@@ -57,43 +60,45 @@ class LabModule(pl.LightningModule):
 
     def training_step(self, window: list[Batch], batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
-        scored = self._agree(sum((batch.targets != IGNORE).sum() for batch in window))  # type: ignore[arg-type]
-        log = (self.global_step + 1) % self.settings.log_every == 0 or self.global_step + 1 == self.max_steps
+        scored, tokens = self._window_totals(window)
+        self._logging = (self.global_step + 1) % self.settings.log_every == 0 or self.global_step + 1 == self.max_steps
+        self._failed = None
         sums: dict[str, Tensor] = {}
 
         def closure() -> None:
             optimizer.zero_grad()
             for i, batch in enumerate(window):
                 with self._sync_gradients(i == len(window) - 1):
-                    loss, parts = self._loss(batch, scored, len(window), exact_match=log)
+                    loss, parts = self._loss(batch, scored, tokens, len(window))
                     if not torch.isfinite(loss):
-                        self._stop_non_finite(batch, loss)
+                        self._failed = (batch, float(loss.detach()))
                     self.manual_backward(loss)
                 for name, value in parts.items():
                     sums[name] = sums[name] + value if name in sums else value
 
         optimizer.step(closure)
-        self.lr_schedulers().step()  # type: ignore[union-attr]
         self._tokens += sum(batch.inputs.numel() for batch in window) * self.trainer.world_size
-        if log:
+        if self._logging:
             self._log_step(sums)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
 
-    def _loss(self, batch: Batch, scored: Tensor, n_micro: int, exact_match: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: Batch, scored: Tensor, tokens: Tensor, n_micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window.
 
-        DDP averages gradients over ranks, so the share of a rank is scaled by their number.
+        Cross-entropy is averaged over the window's scored tokens, the auxiliary losses over its real tokens. DDP averages gradients
+        over ranks, so the share of a rank is scaled by their number.
         """
         world = self.trainer.world_size
         out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
         ce = cross_entropy(out.y, batch.targets).sum() / scored * world
-        losses = {name: value / n_micro for name, value in out.losses.items()}
+        losses = {name: value * (real_tokens(batch) / tokens * world) for name, value in out.losses.items()}
         total = ce
         for name, value in losses.items():
             weight = self.weights[name].at(self.global_step, self.max_steps)
             if weight:
                 total = total + weight * value
         parts = {"loss": total.detach(), "ce_loss": ce.detach()} | {name: value.detach() for name, value in losses.items()}
-        if exact_match:
+        if self._logging:
             right = (out.y.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
             parts["exact_match"] = right.all(1).float().mean() / n_micro
         return total, parts
@@ -103,29 +108,53 @@ class LabModule(pl.LightningModule):
         strategy = self.trainer.strategy
         return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
-    def _agree(self, scored: Tensor) -> Tensor:
-        """The number of scored tokens over all ranks; with it travels the signal that any of them has received."""
+    def _window_totals(self, window: list[Batch]) -> tuple[Tensor, Tensor]:
+        """Scored (at least 1) and real tokens of the window on all ranks; with them travels the signal that any rank has received."""
+        scored = torch.stack([(batch.targets != IGNORE).sum() for batch in window]).sum()
+        tokens, signal = (torch.full_like(scored, n) for n in (sum(map(real_tokens, window)), self.received_signal))
+        mine = torch.stack([scored, tokens, signal])
+        every = self._of_all_ranks(mine)
+        self.stop_signal = int(every[:, 2].max())
+        return every[:, 0].sum().clamp(min=1), every[:, 1].sum()
+
+    def _of_all_ranks(self, mine: Tensor) -> Tensor:
+        """(ranks, ...) of a tensor that each rank has."""
         if self.trainer.world_size == 1:
-            self.stop_signal = self.received_signal
-            return scored
-        gathered: Any = self.all_gather(torch.stack([scored, torch.full_like(scored, self.received_signal)]))
-        self.stop_signal = int(gathered[:, 1].max())
-        return gathered[:, 0].sum()
+            return mine[None]
+        every = [torch.empty_like(mine) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(every, mine)
+        return torch.stack(every)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are complete, synced and unscaled here. The norm is measured always, and clipped if asked for."""
+        """Gradients are complete, synced and unscaled here: the norms are measured, then clipped if asked for."""
+        if self._logging and self.settings.log_layer_grad_norms:
+            self.layer_grad_norms = layer_grad_norms(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = self.settings.grad_clip if self.settings.grad_clip is not None else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if not torch.isfinite(self.grad_norm) and self.settings.precision != "16-mixed":  # whose scaler skips such a step
-            name = next(n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
-            raise RunError(f"the gradient, not the loss, is infinite or NaN at step {self.global_step + 1}, first in {name}; {ADVICE}")
+        finite = bool(torch.isfinite(self.grad_norm))  # the same on every rank: what one rank made non-finite, all have got
+        if not finite or (self._failed is not None and self.trainer.world_size == 1):
+            self._stop_non_finite()
 
-    def _stop_non_finite(self, batch: Batch, loss: Tensor) -> None:
-        with torch.no_grad():
-            where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
-        value = float(loss.detach())
-        raise RunError(f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}")
+    def _stop_non_finite(self) -> None:
+        """Raises RunError, the same sentence on every rank, before the optimiser takes the step."""
+        sentence = None
+        if self._failed is not None:
+            batch, value = self._failed
+            with torch.no_grad():
+                where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
+            sentence = f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}"
+        sentences = [sentence]
+        if self.trainer.world_size > 1:
+            sentences *= self.trainer.world_size
+            torch.distributed.all_gather_object(sentences, sentence)
+        sentence = next((found for found in sentences if found), None)
+        if sentence is None and self.settings.precision == "16-mixed":
+            return  # an overflow of float16: the scaler skips the step and lowers its scale
+        name = next((n for n, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), "")
+        raise RunError(
+            sentence or f"the gradient, not the loss, is infinite or NaN at step {self.global_step + 1}, first in {name}; {ADVICE}"
+        )
 
     # ------------------------------------------------------------------ validation
 
@@ -147,22 +176,15 @@ class LabModule(pl.LightningModule):
 
     def _log_step(self, sums: dict[str, Tensor]) -> None:
         """Once every log_every steps, from tensors that are there anyway: `self.log` in each would cost more than a small model's step."""
-        if self.trainer.world_size > 1:
-            gathered: dict[str, Any] = {name: self.all_gather(value) for name, value in sums.items()}
-            sums = {name: values.mean() for name, values in gathered.items()}
+        values = self._of_all_ranks(torch.stack(list(sums.values()))).mean(0)
+        sums = dict(zip(sums, values, strict=True))
         metrics = {f"train/{name}": float(value) for name, value in sums.items()}
         derived = self.model.derived_metrics({name: sums[name] for name in self.weights})
         metrics |= {f"train/{name}": float(value) for name, value in derived.items()}
         metrics["train/grad_norm"] = float(self.grad_norm) if self.grad_norm is not None else 0.0
-        schedule: Any = self.lr_schedulers()
-        metrics["train/lr"] = schedule.get_last_lr()[0]
-        elapsed = time.perf_counter() - self._clock
-        metrics["train/tokens_per_second"] = self._tokens / max(elapsed, 1e-9)
-        if self.settings.log_layer_grad_norms:
-            for i, block in enumerate(self.model.blocks):
-                norms = [p.grad.norm() for p in block.parameters() if p.grad is not None]
-                metrics[f"grad_norm/block_{i}"] = float(torch.stack(norms).norm())
-        self._write(metrics)
+        metrics["train/lr"] = max(group["lr"] for group in self.optimizers().param_groups)  # type: ignore[union-attr]
+        metrics["train/tokens_per_second"] = self._tokens / max(time.perf_counter() - self._clock, 1e-9)
+        self._write(metrics | {f"grad_norm/{name}": value for name, value in self.layer_grad_norms.items()})
         self._clock, self._tokens = time.perf_counter(), 0
 
     def _write(self, metrics: dict[str, float]) -> None:
@@ -179,6 +201,9 @@ class LabModule(pl.LightningModule):
         else:
             seed_everything(self.seed + self.global_step + rank)
         self._stored_states = []
+        schedule: Any = self.lr_schedulers()
+        for group, lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):  # max_steps may not be what it was
+            group["lr"] = lr * self.optimizer.factor(self.global_step, self.max_steps)
         self._clock, self._tokens = time.perf_counter(), 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,3 +216,15 @@ class LabModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stored_states = checkpoint["random_states"]
+
+
+def real_tokens(batch: Batch) -> int:
+    return batch.inputs.numel() if batch.lengths is None else int(batch.lengths.sum())
+
+
+def layer_grad_norms(model: SequenceModel) -> dict[str, float]:
+    """The norm of the gradient of each block and of each part outside of the blocks; their squares add up to that of the whole."""
+    parts = {name: module for name, module in model.named_children() if module is not model.blocks}
+    parts |= {f"block_{i}": block for i, block in enumerate(model.blocks)}
+    grads = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in parts.items()}
+    return {name: float(torch.nn.utils.get_total_norm(found)) for name, found in grads.items() if found}

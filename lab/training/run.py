@@ -18,13 +18,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
-import shutil
+import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,11 @@ import yaml
 from lab.config import Composed, ConfigError, config_hash
 
 PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
+OWN_FILES = (
+    ".lock", ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
+    *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")),
+)  # fmt: skip
 
 
 class RunError(Exception):
@@ -64,11 +70,11 @@ class Run:
         if not run.path.is_dir():
             raise RunError(f"{path}: there is no such run folder")
         if not run.exists():
-            raise RunError(f"{path}: not a run folder, it has no config.yaml")
+            raise RunError(f"{path}: not a run of lab, it lacks config.yaml or hparams.yaml")
         return run
 
     def exists(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        return (self.path / "config.yaml").is_file() and (self.path / "hparams.yaml").is_file()
 
     @property
     def last(self) -> Path:
@@ -102,7 +108,8 @@ class Run:
         path = self.path / "job.json"
         job = json.loads(path.read_text()) if path.exists() else {}
         if status == "running":
-            job = {"started": now(), "pid": os.getpid(), "host": socket.gethostname()}
+            began = {"started": job["started"], "resumed": now()} if job else {"started": now()}
+            job = began | {"pid": os.getpid(), "host": socket.gethostname()}
         else:
             job["ended"] = now()
         write_json(path, job | {"status": status} | more)
@@ -110,16 +117,17 @@ class Run:
     def write_config(self, composed: Composed) -> None:
         """config.yaml last: it is what makes the folder a run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        commit, patch = git_state()
+        commit, patch, untracked = git_state()
         if patch:
             write_text(self.path / "git_diff.patch", patch)
         hparams = {
             "choices": composed.choices,
-            "command": " ".join(["lab-train", *composed.overrides]),
+            "command": shlex.join(["lab-train", *composed.overrides]),
             "config_hash": config_hash(composed.stored),
             "code_version": code_version(),
             "git_commit": commit,
             "git_dirty": bool(patch),
+            "git_untracked": untracked,  # files that neither the commit nor the patch has
             "seed": composed.config["seed"],
             "created": now(),
             "env": environment(),
@@ -130,17 +138,22 @@ class Run:
     def write_resumed(self, stored: dict[str, Any], overrides: list[str]) -> None:
         """The config that a resume changed, and a note of it beside the first command."""
         hparams = self.hparams()
+        hparams["config_hash"] = config_hash(stored)
         hparams["resumed"] = [*hparams.get("resumed", []), {"at": now(), "with": overrides}]
         write_text(self.path / "hparams.yaml", yaml.safe_dump(hparams, sort_keys=False))
         write_text(self.path / "config.yaml", yaml.safe_dump(stored, sort_keys=False))
 
     def clear(self) -> None:
-        """Removes what a run wrote, and nothing else that may lie in the folder."""
-        for name in ("checkpoints", "eval"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for pattern in ("*.yaml", "*.json", "*.jsonl", "*.patch", "checkpoint.pt", "events.out.tfevents.*"):
-            for file in self.path.glob(pattern):
-                file.unlink()
+        """Removes what a run wrote, and nothing else that lies in the folder. RunError, and nothing removed, if it is not a run's."""
+        files = [file for file in self.path.rglob("*") if not file.is_dir()]
+        ours = [file for file in files if any(file.relative_to(self.path).match(pattern) for pattern in OWN_FILES)]
+        if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
+            raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
+        for file in ours:
+            file.unlink()
+        for folder in (self.checkpoints, self.path / "eval"):
+            with suppress(OSError):  # not there, or something of the user's is in it
+                folder.rmdir()
 
     def _yaml(self, name: str) -> dict[str, Any]:
         try:
@@ -161,7 +174,10 @@ class Run:
         if not exclusive:
             yield False
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise RunError(f"{self.path} is a file; run_dir is the folder of a run") from None
         with (self.path / ".lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,18 +190,23 @@ class Run:
             # A forked loader worker would keep the lock for seconds after a kill -9 of its parent; closing its copy frees nothing here.
             os.register_at_fork(after_in_child=lock.close)
             self._writing = True
+            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a writer that was killed
+                leftover.unlink()
             try:
                 yield True
             finally:
                 self._writing = False
+                if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
 
     def locked(self) -> bool:
         """Whether any process holds the lock."""
         if self._writing:
             return True
-        with suppress(FileNotFoundError), (self.path / ".lock").open("a+") as lock:
+        with suppress(FileNotFoundError), (self.path / ".lock").open() as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return True
         return False
@@ -211,7 +232,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(strict(value), indent=1) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not have: null in their place."""
+    if isinstance(value, Mapping):
+        return {key: strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync_folder(path: Path) -> None:
@@ -251,8 +281,8 @@ def code_version() -> str:
     return digest.hexdigest()[:8]
 
 
-def git_state() -> tuple[str | None, str]:
-    """The commit of the current folder's repository and the difference of its work tree to it; (None, "") outside of one."""
+def git_state() -> tuple[str | None, str, list[str]]:
+    """Commit, difference of the work tree to it, and untracked files of the current folder's repository; (None, "", []) outside of one."""
 
     def git(*args: str) -> str | None:
         try:
@@ -263,8 +293,9 @@ def git_state() -> tuple[str | None, str]:
 
     commit = git("rev-parse", "HEAD")
     if commit is None:
-        return None, ""
-    return commit.strip(), (git("diff", "HEAD") or "")[:PATCH_LIMIT]
+        return None, "", []
+    untracked = git("ls-files", "--others", "--exclude-standard") or ""
+    return commit.strip(), (git("diff", "HEAD") or "")[:PATCH_LIMIT], untracked.splitlines()[:100]
 
 
 def environment() -> dict[str, str]:

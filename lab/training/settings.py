@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"]
+Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Settings:
     checkpoint_every: int = 500
     log_every: int = 50
     precision: Precision = "32-true"
-    accelerator: str = "auto"
-    devices: int | str = 1
-    strategy: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int | Literal["auto"] = 1
+    strategy: Literal["auto", "ddp"] = "auto"
     num_workers: int = 0
     deterministic: bool | Literal["warn"] = "warn"
     compile: bool = False
