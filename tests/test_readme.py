@@ -42,7 +42,9 @@ def write_files(folder: Path) -> list[str]:
 
 
 def test_the_commands_run_in_order(tmp_path, command, monkeypatch):
-    assert {"leaky.py", "majority.py", "decay.py", "configs/model/leaky.yaml", "configs/task/majority.yaml"} == set(write_files(tmp_path))
+    assert {"leaky.py", "majority.py", "decay.py", "squares.py", "configs/model/leaky.yaml", "configs/task/majority.yaml"} == set(
+        write_files(tmp_path)
+    )
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "copy_reverse_small.yaml").write_text((ROOT / "experiments" / "copy_reverse_small.yaml").read_text())
     assert len(COMMANDS) >= 15

@@ -23,6 +23,9 @@ class Progress(RichProgressBar):
     def __init__(self, refresh_every: int = 10) -> None:
         super().__init__(refresh_rate=refresh_every if Console(stderr=True).is_terminal else 0, leave=False)
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"  # to Lightning, all of it is one epoch
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {}
 
