@@ -19,8 +19,8 @@ _HOME = {
     "TensorBoard": "loggers",
     "evaluate_run": "evaluate",
     "load": "load",
-    "resume": "experiment",
-    "train": "experiment",
+    "resume": "start",
+    "train": "start",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from lab.config import ConfigError, compose, first_difference
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
+from lab.training.document import metrics_document
 from lab.training.load import find_checkpoint, load_checkpoint
-from lab.training.run import Run, RunError, environment, write_json
+from lab.training.run import Run, RunError, write_json
 
 OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
 ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.ops()))
@@ -42,13 +42,13 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         return score(model, task, own["split"], scale, trainer["batch_size"], trainer["num_workers"])
 
     metrics, by_position = measure(1)
-    by_length: dict[str, Any] = {}
-    for scale in task.eval_lengths:
+    by_length: dict[str, Any] = {str(task.seq_len): metrics}
+    for scale in sorted(set(task.eval_lengths) - {1}):
         length = task.seq_len * scale
         if model.max_len is not None and length > model.max_len:
             by_length[str(length)] = f"not applicable (max_len {model.max_len})"
         else:
-            by_length[str(length)] = metrics if scale == 1 else measure(scale)[0]
+            by_length[str(length)] = measure(scale)[0]
     document = metrics_document(
         model,
         loaded.identity,
@@ -82,30 +82,6 @@ def score(
         for batch in EvalLoader(samples, batch_size, num_workers=num_workers):
             evaluation.update(model, batch.to(device))
         return evaluation.compute(model)
-
-
-def metrics_document(
-    model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int, seed: int, metrics: Mapping[str, float],
-    by_position: list[float | None], by_length: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """metrics.json: one schema for every task."""
-    return {
-        "task": identity["choices"]["task"],
-        "model": identity["choices"]["model"],
-        "checkpoint": checkpoint,
-        "split": split,
-        "step": step,
-        "params": sum(p.numel() for p in model.parameters()),
-        "metrics": dict(metrics),
-        "by_length": dict(by_length or {}),
-        "by_position": by_position,
-        "config_hash": identity["config_hash"],
-        "code_version": identity["code_version"],
-        "git_commit": identity["git_commit"],
-        "seed": seed,
-        "backends": ops.used(),
-        "env": environment(),
-    }
 
 
 def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:

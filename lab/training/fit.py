@@ -20,7 +20,7 @@ from lab.config import ConfigError, config_hash
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
-from lab.training.evaluate import metrics_document
+from lab.training.document import metrics_document
 from lab.training.experiment import Experiment, build_node
 from lab.training.loggers import JsonLines
 from lab.training.module import LabModule
