@@ -47,6 +47,14 @@ def test_evaluation_writes_one_schema(run):
     assert (run.path / "eval" / "val-last.json").exists()
 
 
+def test_the_command_says_that_a_run_is_not_finished(run, command):
+    run.write_job("interrupted", reason="SIGTERM")
+    done = command("lab-eval", "run")
+    assert done.returncode == 0, done.stderr
+    assert "exact_match_free" in done.stdout and "length 8" in done.stdout
+    assert "the run is not finished, it is interrupted" in done.stdout
+
+
 def test_longer_inputs_are_scored_where_the_model_takes_them(tiny):
     tiny("model=transformer", "model.position=none", "trainer.max_steps=2")
     result, _ = evaluate_run("run", ["task.eval_lengths=[1,2,4]"], [])

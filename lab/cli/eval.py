@@ -64,6 +64,8 @@ def _print_table(result: dict[str, Any], file: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lab.training import Run
+
     lengths = result["by_length"] or {"": result["metrics"]}
     table = Table(title=f"{result['model']} on {result['task']}, {result['split']} split, {result['checkpoint']} of step {result['step']}")
     table.add_column("metric")
@@ -78,6 +80,10 @@ def _print_table(result: dict[str, Any], file: Path) -> None:
         if isinstance(scores, str):
             console.print(f"length {length}: {scores}")
     console.print(f"written to {file}", soft_wrap=True)
+    run = Run(file.parent.parent)
+    status = run.job().get("status") if run.exists() else None
+    if status not in (None, "done"):
+        console.print(f"the run is not finished, it is {status}: these are the scores of what it had saved", soft_wrap=True)
 
 
 if __name__ == "__main__":
