@@ -10,25 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, rows, tensors
+from conftest import KILLER, TINY, rows, tensors
 
 from lab.config import ConfigError, compose
 from lab.training import Run, RunError, resume, train
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 
-KILLER = '''
-import os, pathlib, signal
-import pytorch_lightning as pl
-
-class Killer(pl.Callback):
-    """Sends this process a signal at the start of step `step`, once."""
-    def __init__(self, step: int, number: int = 9):
-        self.step, self.number, self.mark = step, number, pathlib.Path("killed")
-    def on_train_batch_start(self, trainer, module, batch, index):
-        if trainer.global_step == self.step and trainer.is_global_zero and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), self.number)
-'''
 STATEFUL = (*TINY, "trainer.accumulate=2", "trainer.ema=0.9", "+callbacks.killer._target_=killer.Killer")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, rows, tensors
+from conftest import KILLER, TINY, rows, tensors
 
 from lab.config import ConfigError, compose
 from lab.mixers import Lattice
@@ -67,16 +67,9 @@ def test_accumulation_is_one_batch_in_pieces(ragged):
 @pytest.mark.parametrize(("model", "killed_at"), [("transformer", None), ("lot", 7)])
 def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
     """DDP over gloo: the same global batches, the same curve; interrupted by SIGTERM to the first process and resumed as well."""
-    (ragged / "killer.py").write_text(
-        "import os, pathlib, signal\nimport pytorch_lightning as pl\n"
-        "class Killer(pl.Callback):\n"
-        "    def __init__(self, step: int):\n        self.step, self.mark = step, pathlib.Path('killed')\n"
-        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
-        "        if trainer.is_global_zero and trainer.global_step == self.step and not self.mark.exists():\n"
-        "            self.mark.touch()\n            os.kill(os.getpid(), signal.SIGTERM)\n"
-    )
+    (ragged / "killer.py").write_text(KILLER)
     line = [*RAGGED_TASK, f"model={model}", "trainer.batch_size=8", "trainer.accumulate=2", "+callbacks.killer._target_=killer.Killer"]
-    line += [f"+callbacks.killer.step={killed_at or 10**6}"]
+    line += ["+callbacks.killer.number=15", f"+callbacks.killer.step={killed_at or 10**6}"]
     train(compose([*line[:-1], "+callbacks.killer.step=1000000", "run_dir=one"]))
     two = [*line, "run_dir=two", "trainer.devices=2", "trainer.strategy=ddp"]
     if killed_at is not None:
