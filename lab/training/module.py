@@ -6,6 +6,7 @@ cross-entropy is averaged over the scored tokens of the whole window on all rank
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -47,7 +48,7 @@ class LabModule(pl.LightningModule):
         self.grad_norm: Tensor | None = None
         self.layer_grad_norms: dict[str, float] = {}
         self._logging = False  # whether this step is logged
-        self._failed: tuple[Batch, float] | None = None  # the micro-batch of this step whose loss is not finite, and that loss
+        self._done: list[tuple[Batch, Tensor]] = []  # the micro-batches of this step with their losses
         self._stored_states: list[dict[str, Any]] = []  # from a checkpoint, until training starts
         self._clock = time.perf_counter()
         self._tokens = 0
@@ -62,17 +63,16 @@ class LabModule(pl.LightningModule):
         optimizer: Any = self.optimizers()
         scored, tokens = self._window_totals(window)
         self._logging = (self.global_step + 1) % self.settings.log_every == 0 or self.global_step + 1 == self.max_steps
-        self._failed = None
         sums: dict[str, Tensor] = {}
 
         def closure() -> None:
             optimizer.zero_grad()
+            self._done.clear()
             for i, batch in enumerate(window):
                 with self._sync_gradients(i == len(window) - 1):
                     loss, parts = self._loss(batch, scored, tokens, len(window))
-                    if not torch.isfinite(loss):
-                        self._failed = (batch, float(loss.detach()))
                     self.manual_backward(loss)
+                self._done.append((batch, parts["loss"]))
                 for name, value in parts.items():
                     sums[name] = sums[name] + value if name in sums else value
 
@@ -82,7 +82,7 @@ class LabModule(pl.LightningModule):
             self._log_step(sums)
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
-    def _loss(self, batch: Batch, scored: Tensor, tokens: Tensor, n_micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: Batch, scored: Tensor, tokens: int, n_micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window.
 
         Cross-entropy is averaged over the window's scored tokens, the auxiliary losses over its real tokens. DDP averages gradients
@@ -108,14 +108,15 @@ class LabModule(pl.LightningModule):
         strategy = self.trainer.strategy
         return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
-    def _window_totals(self, window: list[Batch]) -> tuple[Tensor, Tensor]:
+    def _window_totals(self, window: list[Batch]) -> tuple[Tensor, int]:
         """Scored (at least 1) and real tokens of the window on all ranks; with them travels the signal that any rank has received."""
-        scored = torch.stack([(batch.targets != IGNORE).sum() for batch in window]).sum()
-        tokens, signal = (torch.full_like(scored, n) for n in (sum(map(real_tokens, window)), self.received_signal))
-        mine = torch.stack([scored, tokens, signal])
-        every = self._of_all_ranks(mine)
-        self.stop_signal = int(every[:, 2].max())
-        return every[:, 0].sum().clamp(min=1), every[:, 1].sum()
+        scored = torch.cat([batch.targets.flatten() for batch in window]).ne(IGNORE).sum()
+        tokens, self.stop_signal = sum(map(real_tokens, window)), self.received_signal
+        if self.trainer.world_size > 1:
+            mine = torch.stack([scored, *(torch.full_like(scored, n) for n in (tokens, self.stop_signal))])
+            every = self._of_all_ranks(mine)
+            scored, tokens, self.stop_signal = every[:, 0].sum(), int(every[:, 1].sum()), int(every[:, 2].max())
+        return scored.clamp(min=1), tokens
 
     def _of_all_ranks(self, mine: Tensor) -> Tensor:
         """(ranks, ...) of a tensor that each rank has."""
@@ -129,18 +130,21 @@ class LabModule(pl.LightningModule):
         """Gradients are complete, synced and unscaled here: the norms are measured, then clipped if asked for."""
         if self._logging and self.settings.log_layer_grad_norms:
             self.layer_grad_norms = layer_grad_norms(self.model)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.settings.grad_clip if self.settings.grad_clip is not None else float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        finite = bool(torch.isfinite(self.grad_norm))  # the same on every rank: what one rank made non-finite, all have got
-        if not finite or (self._failed is not None and self.trainer.world_size == 1):
+        seen = self.grad_norm  # the same on every rank: what one rank made non-finite, all have got
+        if self.trainer.world_size == 1:
+            seen = seen + sum(loss for _, loss in self._done)
+        if not math.isfinite(seen):  # waits for the device, once per step
             self._stop_non_finite()
 
     def _stop_non_finite(self) -> None:
         """Raises RunError, the same sentence on every rank, before the optimiser takes the step."""
         sentence = None
-        if self._failed is not None:
-            batch, value = self._failed
+        failed = next(((batch, float(loss)) for batch, loss in self._done if not torch.isfinite(loss)), None)
+        if failed is not None:
+            batch, value = failed
             with torch.no_grad():
                 where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
             sentence = f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}"

@@ -37,7 +37,9 @@ class AdamW:
     def build(self, model: nn.Module, max_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """The optimiser over all parameters of the model, and a scheduler to be stepped after each optimiser step."""
         groups = parameter_groups(model, self.lr, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps)
+        # On the CPU one fused kernel per tensor is faster. On a GPU it would unscale float16 gradients itself, after they were clipped.
+        fused = True if all(p.device.type == "cpu" for p in model.parameters()) else None
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
     def factor(self, step: int, max_steps: int) -> float:
