@@ -1,0 +1,231 @@
+// Mamba's selective scan (arXiv:2312.00752).      h_t = e^{dt_t A} h_{t-1} + (dt_t u_t) B_t,   y_t = C_t . h_t + D u_t
+//
+// u, dt, y (Bt, L, E), A (E, N), B, C (Bt, L, N), D (E), h0, last (Bt, E, N). A task walks one row and one tile of WIDTH channels through
+// time with the N states of a tile in registers; (Bt, L, E, N) never exists. The forward pass keeps the state at the beginning of each
+// chunk of CHUNK steps, the backward pass recomputes the states inside a chunk from it.
+//
+// The caller brings A times log2(e), so that e^{dt A} is 2^{dt A}.
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 16;
+
+// (E, N) to the vectors of one tile: tile[n] holds state n of channels e .. e + lanes - 1.
+template <class T> void gather(const T* p, Vector<T>* tile, int64_t N, int64_t lanes) {
+  for (int64_t n = 0; n < N; n++) {
+    tile[n] = Vector<T>{};
+    for (int64_t i = 0; i < lanes; i++) tile[n][i] = p[i * N + n];
+  }
+}
+template <class T> void scatter(T* p, const Vector<T>* tile, int64_t N, int64_t lanes) {
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < lanes; i++) p[i * N + n] = tile[n][i];
+}
+
+template <class T> struct Buffer {  // aligned, of vectors
+  Vector<T>* data;
+  explicit Buffer(int64_t n) : data(static_cast<Vector<T>*>(std::aligned_alloc(64, (n * sizeof(Vector<T>) + 63) / 64 * 64))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Vector<T>* operator+(int64_t i) const { return data + i; }
+};
+
+// NS states of one tile through all of time, added to what y holds unless these are the first ones.
+template <class T, int NS>
+void forward(
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, Vector<T>* starts, int64_t stride,
+    bool first, int64_t L, int64_t E, int64_t N, int64_t lanes) {
+  Vector<T> h[NS], a[NS];
+  for (int n = 0; n < NS; n++) h[n] = state[n], a[n] = A[n];
+  const Vector<T> skip = load(D, lanes);
+  for (int64_t t = 0; t < L; t++) {
+    if (starts && t % CHUNK == 0)
+      for (int n = 0; n < NS; n++) starts[t / CHUNK * stride + n] = h[n];
+    const Vector<T> d = load(dt + t * E, lanes), x = load(u + t * E, lanes), dx = d * x;
+    Vector<T> out = first ? skip * x : load(y + t * E, lanes);
+    const T *b = B + t * N, *c = C + t * N;
+#pragma GCC unroll 16
+    for (int n = 0; n < NS; n++) {
+      h[n] = exp2_decay(d * a[n]) * h[n] + dx * b[n];
+      out += h[n] * c[n];
+    }
+    store(y + t * E, out, lanes);
+  }
+  for (int n = 0; n < NS; n++) state[n] = h[n];
+}
+
+template <class T>
+void forward_all(
+    const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D, const T* h0, T* y, T* last, T* starts, int64_t Bt, int64_t L,
+    int64_t E, int64_t N, int64_t threads) {
+  constexpr int64_t W = WIDTH<T>;
+  const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < Bt * tiles; task++) {
+    const int64_t row = task / tiles, e = task % tiles * W, lanes = std::min(W, E - e), at = row * L * E + e;
+    Buffer<T> a(N), h(N);
+    gather(A + e * N, a.data, N, lanes);
+    if (h0)
+      gather(h0 + (row * E + e) * N, h.data, N, lanes);
+    else
+      std::fill(h + 0, h + N, Vector<T>{});
+    Vector<T>* kept = starts ? reinterpret_cast<Vector<T>*>(starts) + task * chunks * N : nullptr;
+    auto states = [&](auto NS, int64_t n) {
+      forward<T, NS>(
+          u + at, dt + at, a + n, B + row * L * N + n, C + row * L * N + n, D + e, h + n, y + at, kept ? kept + n : nullptr, N, n == 0, L, E, N,
+          lanes);
+    };
+    int64_t n = 0;
+    for (; n + 16 <= N; n += 16) states(std::integral_constant<int, 16>{}, n);
+    for (; n + 4 <= N; n += 4) states(std::integral_constant<int, 4>{}, n);
+    for (; n < N; n++) states(std::integral_constant<int, 1>{}, n);
+    scatter(last + (row * E + e) * N, h.data, N, lanes);
+  }
+}
+
+// One chunk of one tile, all that the backward pass needs of it. Rows of N vectors; row t belongs to step t of the chunk.
+template <class T> struct Scratch {
+  Buffer<T> h, decay, of_B, of_C, of_x, of_dt;
+  explicit Scratch(int64_t N) : h((CHUNK + 1) * N), decay(CHUNK * N), of_B(CHUNK * N), of_C(CHUNK * N), of_x(CHUNK), of_dt(CHUNK) {}
+};
+
+// NS states of a tile back through the `steps` steps of a chunk. `carried` is the gradient of the state behind the chunk, times its decay.
+// of_x collects sum_n g_n B_n and of_dt sum_n of what reaches dt through the decay; of_B and of_C are added to, over the tiles.
+template <class T, int NS>
+void backward(
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* gy, Scratch<T>& s, int64_t n0, Vector<T>* carried,
+    Vector<T>* of_A, int64_t steps, int64_t E, int64_t N, int64_t lanes) {
+  Vector<T> g[NS], total[NS], a[NS];
+  for (int n = 0; n < NS; n++) g[n] = carried[n], total[n] = of_A[n], a[n] = A[n];
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes), out = load(gy + t * E, lanes);
+    const T *b = B + t * N, *c = C + t * N;
+    const Vector<T>*before = s.h + t * N + n0, *after = before + N, *decay = s.decay + t * N + n0;
+    Vector<T>*of_B = s.of_B + t * N + n0, *of_C = s.of_C + t * N + n0;
+    Vector<T> x = n0 ? *(s.of_x + t) : Vector<T>{}, through = n0 ? *(s.of_dt + t) : Vector<T>{};
+#pragma GCC unroll 4
+    for (int n = 0; n < NS; n++) {
+      Vector<T> q = g[n] + out * c[n];  // the gradient of h_t
+      of_C[n] += out * after[n];
+      of_B[n] += q * dx;
+      x += q * b[n];
+      q *= decay[n];
+      g[n] = q;
+      q *= before[n];
+      through += q * a[n];
+      total[n] += q * d;
+    }
+    *(s.of_x + t) = x;
+    *(s.of_dt + t) = through;
+  }
+  for (int n = 0; n < NS; n++) carried[n] = g[n], of_A[n] = total[n];
+}
+
+// The states of a chunk and their decays again, from the state at its beginning.
+template <class T, int NS>
+void recompute(
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const Vector<T>* start, Scratch<T>& s, int64_t n0, int64_t steps, int64_t E,
+    int64_t N, int64_t lanes) {
+  Vector<T> h[NS], a[NS];
+  for (int n = 0; n < NS; n++) h[n] = *(s.h + n0 + n) = start[n], a[n] = A[n];
+  for (int64_t t = 0; t < steps; t++) {
+    const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes);
+    const T* b = B + t * N;
+#pragma GCC unroll 16
+    for (int n = 0; n < NS; n++) {
+      const Vector<T> decay = exp2_decay(d * a[n]);
+      h[n] = decay * h[n] + dx * b[n];
+      *(s.decay + t * N + n0 + n) = decay;
+      *(s.h + (t + 1) * N + n0 + n) = h[n];
+    }
+  }
+}
+
+// A task is a row and one of `splits` parts of its tiles: chunks from the last to the first, all tiles of the part in each, so that the
+// sums over channels that B and C need are taken once per chunk. The parts do not depend on the number of threads: sums are bit-equal.
+template <class T>
+void backward_all(
+    const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D, const T* starts, const T* gy, const T* glast, T* gu, T* gdt, T* gA,
+    T* gB, T* gC, T* gD, T* gh0, int64_t splits, int64_t Bt, int64_t L, int64_t E, int64_t N, int64_t threads) {
+  constexpr int64_t W = WIDTH<T>;
+  constexpr T LN2 = T(0.69314718055994530942);
+  const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < Bt * splits; task++) {
+    const int64_t row = task / splits, part = task % splits, first = tiles * part / splits, end = tiles * (part + 1) / splits;
+    const int64_t count = (end - first) * N;
+    Scratch<T> s(N);
+    Buffer<T> a(count), carried(count), of_A(count), of_D(end - first);
+    for (int64_t k = first; k < end; k++) {
+      const int64_t e = k * W, lanes = std::min(W, E - e), i = (k - first) * N;
+      gather(A + e * N, a + i, N, lanes);
+      gather(glast + (row * E + e) * N, carried + i, N, lanes);
+    }
+    std::fill(of_A + 0, of_A + count, Vector<T>{});
+    std::fill(of_D + 0, of_D + (end - first), Vector<T>{});
+    for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+      const int64_t t0 = chunk * CHUNK, steps = std::min(CHUNK, L - t0);
+      std::fill(s.of_B + 0, s.of_B + CHUNK * N, Vector<T>{});
+      std::fill(s.of_C + 0, s.of_C + CHUNK * N, Vector<T>{});
+      const T *b = B + (row * L + t0) * N, *c = C + (row * L + t0) * N;
+      for (int64_t k = first; k < end; k++) {
+        const int64_t e = k * W, lanes = std::min(W, E - e), at = (row * L + t0) * E + e, i = (k - first) * N;
+        const Vector<T>* start = reinterpret_cast<const Vector<T>*>(starts) + ((row * tiles + k) * chunks + chunk) * N;
+        auto again = [&](auto NS, int64_t n) {
+          recompute<T, NS>(u + at, dt + at, a + i + n, b + n, start + n, s, n, steps, E, N, lanes);
+        };
+        auto back = [&](auto NS, int64_t n) {
+          backward<T, NS>(u + at, dt + at, a + i + n, b + n, c + n, gy + at, s, n, carried + i + n, of_A + i + n, steps, E, N, lanes);
+        };
+        int64_t n = 0;
+        for (; n + 16 <= N; n += 16) again(std::integral_constant<int, 16>{}, n);
+        for (; n + 4 <= N; n += 4) again(std::integral_constant<int, 4>{}, n);
+        for (; n < N; n++) again(std::integral_constant<int, 1>{}, n);
+        n = 0;
+        for (; n + 4 <= N; n += 4) back(std::integral_constant<int, 4>{}, n);
+        for (; n < N; n++) back(std::integral_constant<int, 1>{}, n);
+        const Vector<T> skip = load(D + e, lanes);
+        for (int64_t t = 0; t < steps; t++) {
+          const Vector<T> d = load(dt + at + t * E, lanes), x = load(u + at + t * E, lanes), out = load(gy + at + t * E, lanes);
+          store(gu + at + t * E, *(s.of_x + t) * d + skip * out, lanes);
+          store(gdt + at + t * E, *(s.of_x + t) * x + *(s.of_dt + t) * LN2, lanes);
+          *(of_D + (k - first)) += out * x;
+        }
+      }
+      T *sum_B = gB + ((part * Bt + row) * L + t0) * N, *sum_C = gC + ((part * Bt + row) * L + t0) * N;
+      for (int64_t i = 0; i < steps * N; i++) sum_B[i] = sum<T>(*(s.of_B + i)), sum_C[i] = sum<T>(*(s.of_C + i));
+    }
+    for (int64_t k = first; k < end; k++) {
+      const int64_t e = k * W, lanes = std::min(W, E - e), i = (k - first) * N;
+      scatter(gA + (row * E + e) * N, of_A + i, N, lanes);
+      store(gD + row * E + e, *(of_D + (k - first)), lanes);
+      if (gh0) scatter(gh0 + (row * E + e) * N, carried + i, N, lanes);
+    }
+  }
+}
+
+}  // namespace
+
+// starts: null without gradients, else space for selective_scan_starts(...) numbers. Per row come gA (Bt, E, N) and gD (Bt, E), per row and
+// part gB and gC (splits, Bt, L, N); the caller adds them up. gA is the gradient of A itself, not of A log2(e).
+#define DEFINE(NAME, T)                                                                                                                   \
+  EXPORT int64_t selective_scan_starts_##NAME(int64_t Bt, int64_t L, int64_t E, int64_t N) {                                              \
+    return Bt * ((E + WIDTH<T> - 1) / WIDTH<T>) * ((L + CHUNK - 1) / CHUNK) * N * WIDTH<T>;                                               \
+  }                                                                                                                                       \
+  EXPORT void selective_scan_##NAME(                                                                                                      \
+      const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D, const T* h0, T* y, T* last, T* starts, int64_t Bt,         \
+      int64_t L, int64_t E, int64_t N, int64_t threads) {                                                                                 \
+    forward_all<T>(u, dt, A, B, C, D, h0, y, last, starts, Bt, L, E, N, threads);                                                         \
+  }                                                                                                                                       \
+  EXPORT void selective_scan_backward_##NAME(                                                                                             \
+      const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D, const T* starts, const T* gy, const T* glast, T* gu,       \
+      T* gdt, T* gA, T* gB, T* gC, T* gD, T* gh0, int64_t splits, int64_t Bt, int64_t L, int64_t E, int64_t N, int64_t threads) {         \
+    backward_all<T>(u, dt, A, B, C, D, starts, gy, glast, gu, gdt, gA, gB, gC, gD, gh0, splits, Bt, L, E, N, threads);                    \
+  }
+
+DEFINE(float32, float)
+DEFINE(float64, double)

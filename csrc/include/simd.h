@@ -1,0 +1,101 @@
+// Vectors of T as wide as the instruction set that a file is compiled for, and what the kernels do with them.
+//
+// A kernel walks over time with the channels side by side: a `Tile` of up to K vectors of adjacent channels, its state in registers. The
+// last tile of a row may be narrower; it is the same code with loads and stores that stop at the last channel.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class T> using Vector = typename VectorOf<T>::type;
+template <class T> constexpr int64_t WIDTH = VECTOR_BYTES / sizeof(T);
+
+template <class T> INLINE Vector<T> splat(T x) { return Vector<T>{} + x; }
+
+// n: how many of the lanes exist; the others are read as 0 and not written.
+template <class T> INLINE Vector<T> load(const T* p, int64_t n = WIDTH<T>) {
+  Vector<T> v{};
+  if (n >= WIDTH<T>)
+    std::memcpy(&v, p, sizeof v);
+  else if (n > 0)
+    std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T> INLINE void store(T* p, Vector<T> v, int64_t n = WIDTH<T>) {
+  if (n >= WIDTH<T>)
+    std::memcpy(p, &v, sizeof v);
+  else if (n > 0)
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+template <class T> INLINE T sum(Vector<T> v) {
+  T s = 0;
+  for (int i = 0; i < WIDTH<T>; i++) s += v[i];
+  return s;
+}
+
+// ---- complex numbers, stored re im re im ...; n counts real numbers
+
+template <class V, int... I> INLINE V even_twice(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I & ~1)...); }
+template <class V, int... I> INLINE V odd_twice(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I | 1)...); }
+template <class V, int... I> INLINE V swapped(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ 1)...); }
+template <class V, int... I> INLINE V signs(std::integer_sequence<int, I...>) { return V{(I & 1 ? 1 : -1)...}; }
+template <class T> using Lanes = std::make_integer_sequence<int, WIDTH<T>>;
+
+// A factor, taken apart once: re re, and -im im. conjugate() of it costs nothing more.
+template <class T> struct Factor {
+  Vector<T> re, im;
+  INLINE Factor of(Vector<T> a) { return {even_twice(a, Lanes<T>{}), odd_twice(a, Lanes<T>{}) * signs<Vector<T>>(Lanes<T>{})}; }
+  inline __attribute__((always_inline)) Factor conjugate() const { return {re, -im}; }
+  inline __attribute__((always_inline)) Vector<T> operator*(Vector<T> b) const { return re * b + im * swapped(b, Lanes<T>{}); }
+};
+
+// ---- 2^x for x <= 0: the exponential of every decay. A polynomial on [-1/2, 1/2], relative error 2e-7 in float.
+
+INLINE Vector<float> exp2_decay(Vector<float> x) {
+  x = x < -126.f ? splat(-126.f) : x;
+  const Vector<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  Vector<float> shifted = x + magic;
+  Vector<float> f = x - (shifted - magic);
+  Vector<float> p = splat(1.3276472e-3f);
+  p = p * f + 9.675542e-3f;
+  p = p * f + 5.550713e-2f;
+  p = p * f + 2.4022120e-1f;
+  p = p * f + 6.9314694e-1f;
+  p = p * f + 1.0000001f;
+  VectorOf<float>::bits n, bits;
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += n << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+INLINE Vector<double> exp2_decay(Vector<double> x) {
+  for (int i = 0; i < WIDTH<double>; i++) x[i] = std::exp2(x[i]);
+  return x;
+}

@@ -1,0 +1,174 @@
+"""A linear recurrence, per channel.      h_t = a_t h_{t-1} + x_t
+
+B = batch, L = length, D = channels. a may change with every step or be one number per channel; all may be complex. The gradient is the same
+recurrence backwards in time: g_t = dLoss/dh_t + conj(a_{t+1}) g_{t+1}, of x_t; g_t conj(h_{t-1}), of a_t; conj(a_0) g_0, of h_{-1}.
+
+Backends
+    native     C++, one pass over the data (csrc/cpu/linear_recurrence.cpp).
+    torch      log2(L) rounds of doubling (Hillis and Steele, 1986). While exporting, a `scan` of free length in real numbers.
+    reference  the formula in a plain loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.ops import native
+from lab.ops.backend import Backend, Op
+
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def linear_recurrence(a: Tensor, x: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """a (B, L, D) or (D,), x (B, L, D), h0 (B, D) or None for zeros -> h (B, L, D), last (B, D).
+
+    last is the state after the last real token, number lengths[b] (B,); without lengths, number L; with none, h0. Computes in float32 or
+    complex64 at least. Differentiable once in every tensor.
+    """
+    B, L, D = x.shape if x.ndim == 3 else (0, 0, 0)
+    if x.ndim != 3 or a.shape not in ((B, L, D), (D,)) or (h0 is not None and h0.shape != (B, D)):
+        got = "None" if h0 is None else tuple(h0.shape)
+        raise ValueError(
+            f"linear_recurrence: expected x (B, L, D), a (B, L, D) or (D,) and h0 (B, D); got {tuple(x.shape)}, {tuple(a.shape)} and {got}"
+        )
+    dtype = torch.float32
+    for t in (a, x, h0):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    start = x.new_zeros(B, D, dtype=dtype) if h0 is None else h0.to(dtype)
+    h = LINEAR_RECURRENCE(a.to(dtype), x.to(dtype), start)
+    if lengths is None:
+        return h, h[:, -1] if L else start
+    index = lengths.to(h.device, torch.long)[:, None, None].expand(-1, 1, D)
+    return h, torch.cat([start[:, None], h], 1).gather(1, index)[:, 0]
+
+
+# Each backend maps a (B, L, D) or (D,), x (B, L, D), h0 (B, D), all of one dtype, to h (B, L, D).
+
+
+def reference(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    h, steps = h0, []
+    for t in range(x.shape[1]):
+        h = (a if a.ndim == 1 else a[:, t]) * h + x[:, t]
+        steps.append(h)
+    return torch.stack(steps, 1) if steps else x
+
+
+def torch_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return exported(a, x, h0)
+    return forward_op(a, x, h0, "torch")
+
+
+def native_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    return forward_op(a, x, h0, "native")
+
+
+def exported(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """The same in operators that an exported file can hold: real numbers, and a loop whose length is an input. Under torch.no_grad()."""
+    from torch._higher_order_ops import scan  # private, so not needed by anything but an export
+
+    steps = x.transpose(0, 1)
+    if not x.is_complex():
+        decays = a.expand_as(x).transpose(0, 1)
+
+        def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            h = now[0] * h + now[1]
+            return h, h.clone()
+
+        _, h = scan(step, h0.contiguous(), (decays, steps))
+        return h.transpose(0, 1)
+
+    def complex_step(h: tuple[Tensor, Tensor], now: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        a_re, a_im, x_re, x_im = now
+        re = a_re * h[0] - a_im * h[1] + x_re
+        im = a_re * h[1] + a_im * h[0] + x_im
+        return (re, im), (re.clone(), im.clone())
+
+    decays = a.expand_as(x).transpose(0, 1)
+    _, (re, im) = scan(complex_step, (h0.real.contiguous(), h0.imag.contiguous()), (decays.real, decays.imag, steps.real, steps.imag))
+    return torch.complex(re, im).transpose(0, 1)
+
+
+# The opaque operator and its gradient, an operator too: a compiled graph sees one node of each.
+
+
+def doubled(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """x (B, L, ...) -> h. After the round with span s, h_t holds the terms of the last 2s steps and decay_t the product of their decays."""
+    L = x.shape[1]
+    h = x.clone(memory_format=torch.contiguous_format)
+    if not L:
+        return h
+    decay = a.expand_as(x).clone(memory_format=torch.contiguous_format)
+    h[:, 0] += decay[:, 0] * h0
+    span = 1
+    while span < L:
+        h[:, span:] += decay[:, span:] * h[:, :-span].clone()
+        decay[:, span:] *= decay[:, :-span].clone()
+        span *= 2
+    return h
+
+
+@torch.library.custom_op("lab::linear_recurrence", mutates_args=())
+def forward_op(a: Tensor, x: Tensor, h0: Tensor, backend: str) -> Tensor:
+    if backend == "torch":
+        return doubled(a, x, h0)
+    B, L, D = x.shape
+    a, x, h0 = (t.resolve_conj().contiguous() for t in (a, x, h0))
+    h = torch.empty_like(x)
+    native.call("linear_recurrence", x.dtype, a, x, h0, h, int(a.ndim == 3), B, L, D * (1 + x.is_complex()))
+    return h
+
+
+@forward_op.register_fake
+def _(a: Tensor, x: Tensor, h0: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lab::linear_recurrence_backward", mutates_args=())
+def backward_op(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (B, L, D) of h -> gradients of a, x, h0."""
+    B, L, D = h.shape
+    per_step = a.ndim == 3
+    if backend == "torch":
+        later = torch.cat([a.expand_as(h)[:, 1:], a.new_zeros(B, min(L, 1), D)], 1).conj()  # the decay that leads on from each step
+        g_x = doubled(later.flip(1), grad.flip(1), torch.zeros_like(h0)).flip(1)
+        g_a = g_x * torch.cat([h0[:, None], h], 1)[:, :-1].conj()
+        g_h0 = (a.expand_as(h)[:, 0].conj() * g_x[:, 0]) if L else torch.zeros_like(h0)
+        return (g_a if per_step else g_a.sum((0, 1))), g_x, g_h0
+    grad, a, h, h0 = (t.resolve_conj().contiguous() for t in (grad, a, h, h0))
+    g_x, g_a, g_h0 = torch.empty_like(h), torch.empty_like(h if per_step else h0), torch.empty_like(h0)
+    native.call("linear_recurrence_backward", h.dtype, a, h, h0, grad, g_x, g_a, g_h0, int(per_step), B, L, D * (1 + h.is_complex()))
+    return (g_a if per_step else g_a.sum(0)), g_x, g_h0
+
+
+@backward_op.register_fake
+def _(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(h), torch.empty_like(h0)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    a, _, h0, ctx.backend = inputs
+    ctx.save_for_backward(a, output, h0)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward_op(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("linear_recurrence: no second derivative; use(linear_recurrence='reference') has one")
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
+backward_op.register_autograd(_second_backward)
+LINEAR_RECURRENCE = Op(
+    "linear_recurrence",
+    (
+        Backend("native", native_backend, supports=lambda a, x, h0: native.why_not(a, x, h0, dtypes=DTYPES)),
+        Backend("torch", torch_backend),
+        Backend("reference", reference),
+    ),
+)

@@ -1,0 +1,99 @@
+"""Loads the C++ kernels of csrc/ and makes every call into them.
+
+They are plain functions on pointers in a shared library, one for each instruction set, built when lab is installed; the best one that this
+processor has is loaded on first use. `why_not()` says why there is none. `call` checks every tensor: a wrong pointer would end the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+LEVELS = {  # instruction sets that a library may need, the best one first, with the flags of /proc/cpuinfo that tell
+    "x86_64_v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86_64_v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "x86_64": set[str](),
+}
+NAMES = {torch.float32: "float32", torch.float64: "float64", torch.complex64: "complex64", torch.complex128: "complex128"}
+
+_forked_from: int | None = None  # the process that this one is a fork of, if that has used the kernels
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its instruction set, or None and the reason."""
+    machine = platform.machine()
+    levels = [level for level, flags in LEVELS.items() if flags <= _cpu_flags()] if machine in ("x86_64", "AMD64") else [machine]
+    for level in levels:
+        file = FOLDER / f"cpu_{level}.so"
+        if not file.exists():
+            continue
+        try:
+            found = ctypes.CDLL(str(file))
+        except OSError as error:
+            return None, f"{file.name} does not load: {error}"
+        os.register_at_fork(after_in_child=_forked)
+        return found, level
+    return None, "the C++ kernels are not built: installing lab with a C++ compiler at hand builds them"
+
+
+def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> str | None:
+    """The reason why the kernels cannot compute with these tensors, or None."""
+    found, reason = library()
+    if found is None:
+        return reason
+    given = [t for t in tensors if t is not None]
+    if any(t.device.type != "cpu" for t in given):
+        return f"a tensor is on {next(t.device for t in given if t.device.type != 'cpu')}, the C++ kernels compute on the CPU"
+    if given[0].dtype not in dtypes:
+        return f"{given[0].dtype} is not among {', '.join(map(str, dtypes))}"
+    return None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> int:
+    """name_dtype(pointers and integers ..., threads). Tensors must be contiguous, on the CPU and of `dtype`; None is a null pointer."""
+    values: list[Any] = []
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            if argument.dtype != dtype or argument.device.type != "cpu" or not argument.is_contiguous():
+                raise ValueError(
+                    f"{name}: argument {i} must be a contiguous {dtype} tensor on the CPU, got {argument.dtype} on {argument.device} "
+                    f"with strides {argument.stride()}"
+                )
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            values.append(argument if argument is None else ctypes.c_int64(argument))
+    threads = 1 if _forked_from is not None else torch.get_num_threads()
+    return function(f"{name}_{NAMES[dtype]}")(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
+
+
+@cache
+def function(name: str) -> Any:
+    found, reason = library()
+    if found is None:
+        raise RuntimeError(reason)
+    loaded = getattr(found, name)
+    loaded.restype = ctypes.c_int64
+    return loaded
+
+
+def _forked() -> None:
+    """OpenMP's threads do not survive a fork: more than one would wait for ever."""
+    global _forked_from
+    _forked_from = os.getppid()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
