@@ -99,3 +99,41 @@ INLINE Vector<double> exp2_decay(Vector<double> x) {
   for (int i = 0; i < WIDTH<double>; i++) x[i] = std::exp2(x[i]);
   return x;
 }
+
+// ---- sin and cos of an angle in [-8, 8]: reduction to [-pi/4, pi/4] by the nearest quarter turn, then Taylor polynomials; error 1e-7
+
+template <class T> struct Wave { Vector<T> sin, cos; };
+
+INLINE Wave<float> wave(Vector<float> x) {
+  const Vector<float> magic = splat(12582912.f);
+  const Vector<float> shifted = x * 0.636619772f + magic, quarters = shifted - magic;
+  VectorOf<float>::bits k;
+  std::memcpy(&k, &shifted, sizeof k);
+  Vector<float> r = x - quarters * 1.57079637f;  // pi / 2 in two parts
+  r = r + quarters * 4.37113883e-8f;
+  const Vector<float> q = r * r;
+  Vector<float> s = splat(-1.9515296e-4f);
+  s = s * q + 8.3321609e-3f;
+  s = s * q - 1.6666655e-1f;
+  s = s * q * r + r;
+  Vector<float> c = splat(2.4433157e-5f);
+  c = c * q - 1.3887316e-3f;
+  c = c * q + 4.1666646e-2f;
+  c = c * q * q - 0.5f * q + 1.f;
+  const auto odd = (k & 1) != 0;
+  Vector<float> sin = odd ? c : s, cos = odd ? s : c;
+  sin = (k & 2) != 0 ? -sin : sin;
+  cos = ((k + 1) & 2) != 0 ? -cos : cos;
+  return {sin, cos};
+}
+
+INLINE Wave<double> wave(Vector<double> x) {
+  Wave<double> w{};
+  for (int i = 0; i < WIDTH<double>; i++) w.sin[i] = std::sin(x[i]), w.cos[i] = std::cos(x[i]);
+  return w;
+}
+
+template <class T> INLINE Vector<T> floored(Vector<T> x) {
+  for (int i = 0; i < WIDTH<T>; i++) x[i] = std::floor(x[i]);
+  return x;
+}

@@ -6,6 +6,7 @@ B = batch, L = length, H = oscillators. wrap takes the remainder modulo 2 pi, up
 natural frequency omega. Nonlinear in theta, hence sequential in t. Source: Kuramoto (1975), by explicit Euler.
 
 Backends
+    native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp).
     torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a `scan` of free length.
     reference  the formula in a plain loop.
 """
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lab.ops import native
 from lab.ops.backend import Backend, Op
 
 TWO_PI = 2 * math.pi
@@ -65,7 +68,11 @@ def reference(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Te
 def torch_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
     if torch.compiler.is_exporting():
         return exported(theta0, drive, omega, kappa, W, dt)
-    return forward_op(theta0, drive, omega, kappa, W, dt)
+    return forward_op(theta0, drive, omega, kappa, W, dt, "torch")
+
+
+def native_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
+    return forward_op(theta0, drive, omega, kappa, W, dt, "native")
 
 
 def exported(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
@@ -93,8 +100,10 @@ def wrap_(theta: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lab::kuramoto_scan", mutates_args=())
-def forward_op(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
+def forward_op(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float, backend: str) -> Tensor:
     B, L, H = drive.shape
+    if backend == "native":
+        return native_forward(theta0, drive, omega, kappa, W, dt)
     phases = drive.new_empty(L + 1, B, H)
     phases[0] = theta0
     phases[1:] = (dt * (drive + omega)).transpose(0, 1)  # what a step adds without coupling; the loop adds the rest
@@ -114,22 +123,43 @@ def forward_op(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: T
     return phases.transpose(0, 1).contiguous()
 
 
+def native_forward(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
+    B, L, H = drive.shape
+    pitch = native.function(f"kuramoto_pitch_{native.NAMES[drive.dtype]}")(H)
+    phases = drive.new_zeros(B, L + 1, pitch)
+    phases[:, 0, :H] = theta0
+    torch.add(drive, omega, out=phases[:, 1:, :H]).mul_(dt)
+    native.call("kuramoto_scan", drive.dtype, phases, F.pad((dt * kappa[:, None] * W).T, (0, pitch - H)).contiguous(), B, L, H, pitch)
+    return phases[..., :H].contiguous()
+
+
 @forward_op.register_fake
-def _(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
+def _(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float, backend: str) -> Tensor:
     B, L, H = drive.shape
     return drive.new_empty(B, L + 1, H)
 
 
 @torch.library.custom_op("lab::kuramoto_scan_backward", mutates_args=())
 def backward_op(
-    grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float, grad_W: bool
+    grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float, grad_W: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad (B, L + 1, H) of the phases -> gradients of theta0, drive, omega, kappa, W (empty unless grad_W).
 
     The adjoint a_t = dLoss/dtheta_t obeys  a_t = grad_t + J_t^T a_{t+1}.  With m = dt kappa a_{t+1}:
         (J^T a)_k = a_k - m_k sum_j W_kj cos(theta_j - theta_k) + sum_i m_i W_ik cos(theta_k - theta_i)
-    All that does not contain a is computed for all steps before the loop.
     """
+    adjoints, g_kappa = (native_adjoints if backend == "native" else torch_adjoints)(grad, phases, kappa, W, dt)
+    g_drive = dt * adjoints[:, 1:]
+    g_W = phases.new_empty(0)
+    if grad_W:
+        theta, a = phases[:, :-1].flatten(0, 1), adjoints[:, 1:].flatten(0, 1)
+        sin, cos = theta.sin(), theta.cos()
+        g_W = dt * kappa[:, None] * ((a * cos).T @ sin - (a * sin).T @ cos)
+    return adjoints[:, 0].clone(), g_drive, g_drive.sum((0, 1)), g_kappa, g_W
+
+
+def torch_adjoints(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float) -> tuple[Tensor, Tensor]:
+    """a (B, L + 1, H), and the gradient of kappa. All that does not contain a is computed for all steps before the loop."""
     B, _, H = phases.shape
     theta = phases[:, :-1].transpose(0, 1).contiguous()  # time-major, as every buffer of the loop
     waves = torch.stack([theta.sin(), theta.cos()], 1)  # (L, 2, B, H)
@@ -148,37 +178,45 @@ def backward_op(
         torch.mm(weighted_flat, push, out=pushed_flat)
         pushed.mul_(wave)
         a.addcmul_(kept, later).add_(pushed_sin).add_(pushed_cos)
+    g_kappa = dt * (adjoints[1:] * (cos * pull_sin - sin * pull_cos)).sum((0, 1))
+    return adjoints.transpose(0, 1).contiguous(), g_kappa
 
-    g_drive = (dt * adjoints[1:]).transpose(0, 1).contiguous()
-    a_sin, a_cos = (waves * adjoints[1:, None]).unbind(1)  # a_{t+1} times sin and cos of theta_t
-    g_kappa = dt * (a_cos * pull_sin - a_sin * pull_cos).sum((0, 1))
-    g_W = phases.new_empty(0)
-    if grad_W:
-        g_W = a_cos.reshape(-1, H).T @ sin.reshape(-1, H) - a_sin.reshape(-1, H).T @ cos.reshape(-1, H)
-        g_W = dt * kappa[:, None] * g_W
-    return adjoints[0].clone(), g_drive, g_drive.sum((0, 1)), g_kappa, g_W
+
+def native_adjoints(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float) -> tuple[Tensor, Tensor]:
+    B, steps, H = phases.shape
+    pitch = native.function(f"kuramoto_pitch_{native.NAMES[phases.dtype]}")(H)
+    pad = (0, pitch - H)
+    adjoints, of_gain = phases.new_zeros(B, steps, pitch), phases.new_empty(B, pitch)
+    adjoints[..., :H] = grad
+    pull, push, gain = (F.pad(t, pad).contiguous() for t in (W.T, dt * kappa[:, None] * W, dt * kappa))
+    native.call(
+        "kuramoto_scan_backward", phases.dtype, adjoints, F.pad(phases, pad).contiguous(), pull, push, gain, of_gain, B, steps - 1, H, pitch
+    )
+    return adjoints[..., :H], dt * of_gain[:, :H].sum(0)
 
 
 @backward_op.register_fake
-def _(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float, grad_W: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float, grad_W: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, steps, H = phases.shape
     g_W = phases.new_empty((H, H) if grad_W else 0)
     return phases.new_empty(B, H), phases.new_empty(B, steps - 1, H), torch.empty_like(kappa), torch.empty_like(kappa), g_W
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *_, kappa, W, ctx.dt = inputs
+    *_, kappa, W, ctx.dt, ctx.backend = inputs
     ctx.save_for_backward(output, kappa, W)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_W = ctx.needs_input_grad[4]
-    *grads, g_W = backward_op(grad, *ctx.saved_tensors, ctx.dt, grad_W)
-    return *grads, g_W if grad_W else None, None
+    *grads, g_W = backward_op(grad, *ctx.saved_tensors, ctx.dt, grad_W, ctx.backend)
+    return *grads, g_W if grad_W else None, None, None
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("kuramoto_scan: the torch backend has no second derivative; use(kuramoto_scan='reference') has one")
+    raise RuntimeError("kuramoto_scan: no second derivative; use(kuramoto_scan='reference') has one")
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
@@ -187,4 +225,11 @@ for device in ("cpu", "cuda"):  # phases accumulate: float32 under autocast, ins
     forward_op.register_autocast(device, torch.float32)
     backward_op.register_autocast(device, torch.float32)
 
-KURAMOTO_SCAN = Op("kuramoto_scan", (Backend("torch", torch_backend), Backend("reference", reference)))
+KURAMOTO_SCAN = Op(
+    "kuramoto_scan",
+    (
+        Backend("native", native_backend, supports=lambda *args: native.why_not(*args[:-1])),
+        Backend("torch", torch_backend),
+        Backend("reference", reference),
+    ),
+)

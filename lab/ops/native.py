@@ -1,7 +1,7 @@
 """Loads the C++ kernels of csrc/ and makes every call into them.
 
 They are plain functions on pointers in a shared library, one for each instruction set, built when lab is installed; the best one that this
-processor has is loaded on first use. `why_not()` says why there is none. `call` checks every tensor: a wrong pointer would end the process.
+processor has is loaded. `why_not()` says why there is none. `call` checks every tensor: a wrong pointer would end the process.
 """
 
 from __future__ import annotations
@@ -24,32 +24,40 @@ LEVELS = {  # instruction sets that a library may need, the best one first, with
 }
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.complex64: "complex64", torch.complex128: "complex128"}
 
-_forked_from: int | None = None  # the process that this one is a fork of, if that has used the kernels
+_threads: int | None = None  # a limit on the kernels' threads: 1 in a forked process
 
 
-@cache
-def library() -> tuple[ctypes.CDLL | None, str]:
+def load() -> tuple[ctypes.CDLL | None, str]:
     """The library and its instruction set, or None and the reason."""
     machine = platform.machine()
-    levels = [level for level, flags in LEVELS.items() if flags <= _cpu_flags()] if machine in ("x86_64", "AMD64") else [machine]
+    levels = [level for level, flags in LEVELS.items() if flags <= cpu_flags()] if machine in ("x86_64", "AMD64") else [machine]
     for level in levels:
         file = FOLDER / f"cpu_{level}.so"
-        if not file.exists():
-            continue
-        try:
-            found = ctypes.CDLL(str(file))
-        except OSError as error:
-            return None, f"{file.name} does not load: {error}"
-        os.register_at_fork(after_in_child=_forked)
-        return found, level
+        if file.exists():
+            try:
+                return ctypes.CDLL(str(file)), level
+            except OSError as error:
+                return None, f"{file.name} does not load: {error}"
     return None, "the C++ kernels are not built: installing lab with a C++ compiler at hand builds them"
+
+
+def cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+LIBRARY, SAYS = load()  # what was loaded, and its instruction set or the reason why there is none
 
 
 def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> str | None:
     """The reason why the kernels cannot compute with these tensors, or None."""
-    found, reason = library()
-    if found is None:
-        return reason
+    if LIBRARY is None:
+        return SAYS
+    if torch.compiler.is_exporting():
+        return "an exported file must run without lab's kernels"
     given = [t for t in tensors if t is not None]
     if any(t.device.type != "cpu" for t in given):
         return f"a tensor is on {next(t.device for t in given if t.device.type != 'cpu')}, the C++ kernels compute on the CPU"
@@ -71,29 +79,23 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> int:
             values.append(ctypes.c_void_p(argument.data_ptr()))
         else:
             values.append(argument if argument is None else ctypes.c_int64(argument))
-    threads = 1 if _forked_from is not None else torch.get_num_threads()
+    threads = _threads or torch.get_num_threads()
     return function(f"{name}_{NAMES[dtype]}")(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
 
 
 @cache
 def function(name: str) -> Any:
-    found, reason = library()
-    if found is None:
-        raise RuntimeError(reason)
-    loaded = getattr(found, name)
+    if LIBRARY is None:
+        raise RuntimeError(SAYS)
+    loaded = getattr(LIBRARY, name)
     loaded.restype = ctypes.c_int64
     return loaded
 
 
 def _forked() -> None:
     """OpenMP's threads do not survive a fork: more than one would wait for ever."""
-    global _forked_from
-    _forked_from = os.getppid()
+    global _threads
+    _threads = 1
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+os.register_at_fork(after_in_child=_forked)
