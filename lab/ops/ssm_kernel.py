@@ -1,0 +1,92 @@
+"""The convolution kernel of a diagonal state space.      K[h, l] = 2 Re sum_n c[h, n] e^{w[h, n] l},   l = 0 .. L - 1
+
+H = channels, N = states, one of each pair of conjugates. With w = dt A and c = C B (e^{dt A} - 1) / A it is S4D's kernel under zero-order
+hold (arXiv:2206.11893, section 3).
+
+Backends
+    native     C++: powers carried along the positions, restarted from double precision (csrc/cpu/ssm_kernel.cpp); no (H, N, L).
+    torch      a Vandermonde matrix in real numbers, exportable; it holds (H, N, L).
+    reference  the formula in a plain loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.ops import native
+from lab.ops.backend import Backend, Op
+
+
+def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
+    """w (H, N) complex with real part <= 0, c (H, N) complex -> K (H, length), real. Computes in complex64, given any complex128 in
+    complex128. Differentiable once in both."""
+    if w.ndim != 2 or w.shape != c.shape:
+        raise ValueError(f"ssm_kernel: expected w and c (H, N), got {tuple(w.shape)} and {tuple(c.shape)}")
+    dtype = torch.promote_types(torch.promote_types(w.dtype, c.dtype), torch.complex64)
+    return SSM_KERNEL(w.to(dtype), c.to(dtype), length)
+
+
+def reference(w: Tensor, c: Tensor, length: int) -> Tensor:
+    steps = [2 * (c * torch.exp(w * l)).sum(1).real for l in range(length)]
+    return torch.stack(steps, 1) if steps else w.real[:, :0]
+
+
+def torch_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
+    l = torch.arange(length, device=w.device, dtype=w.real.dtype)
+    size, angle = torch.exp(w.real[..., None] * l), w.imag[..., None] * l  # (H, N, L)
+    return 2 * ((c.real[:, None] @ (size * angle.cos())) - (c.imag[:, None] @ (size * angle.sin())))[:, 0]
+
+
+@torch.library.custom_op("lab::ssm_kernel", mutates_args=())
+def native_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
+    w, c = (torch.view_as_real(t.resolve_conj().contiguous()) for t in (w, c))
+    K = w.new_empty(w.shape[0], length)
+    native.call("ssm_kernel", w.dtype, w, c, K, w.shape[0], w.shape[1], length)
+    return K
+
+
+@native_backend.register_fake
+def _(w: Tensor, c: Tensor, length: int) -> Tensor:
+    return w.new_empty(w.shape[0], length, dtype=w.dtype.to_real())
+
+
+@torch.library.custom_op("lab::ssm_kernel_backward", mutates_args=())
+def backward_op(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """g (H, L) of K -> gradients of w and c."""
+    w, c, g = (t.resolve_conj().contiguous() for t in (w, c, g))
+    gw, gc = torch.empty_like(w), torch.empty_like(c)
+    native.call("ssm_kernel_backward", g.dtype, *map(torch.view_as_real, (w, c)), g, *map(torch.view_as_real, (gw, gc)), *w.shape, g.shape[1])
+    return gw, gc
+
+
+@backward_op.register_fake
+def _(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w, memory_format=torch.contiguous_format), torch.empty_like(c, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward_op(g, *ctx.saved_tensors), None
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("ssm_kernel: the native backend has no second derivative; use(ssm_kernel='torch') has one")
+
+
+native_backend.register_autograd(_backward, setup_context=_save)
+backward_op.register_autograd(_second_backward)
+COMPLEX = (torch.complex64, torch.complex128)
+SSM_KERNEL = Op(
+    "ssm_kernel",
+    (
+        Backend("native", native_backend, supports=lambda w, c, length: native.why_not(w, c, dtypes=COMPLEX)),
+        Backend("torch", torch_backend),
+        Backend("reference", reference),
+    ),
+)
