@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lab.ops import native
 from lab.ops.backend import Backend, Op
+from lab.ops.complex import multiply
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -25,9 +26,12 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 def linear_recurrence(a: Tensor, x: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """a (B, L, D) or (D,), x (B, L, D), h0 (B, D) or None for zeros -> h (B, L, D), last (B, D).
 
+    Complex numbers come as such, or as pairs (re, im) in one more dimension of every tensor: a (B, L, D, 2) or (D, 2), x (B, L, D, 2), ...
     last is the state after the last real token, number lengths[b] (B,); without lengths, number L; with none, h0. Computes in float32 or
     complex64 at least. Differentiable once in every tensor.
     """
+    if x.ndim == 4 and x.shape[-1] == 2:
+        return _in_pairs(a, x, h0, lengths)
     B, L, D = x.shape if x.ndim == 3 else (0, 0, 0)
     if x.ndim != 3 or a.shape not in ((B, L, D), (D,)) or (h0 is not None and h0.shape != (B, D)):
         got = "None" if h0 is None else tuple(h0.shape)
@@ -43,6 +47,17 @@ def linear_recurrence(a: Tensor, x: Tensor, h0: Tensor | None = None, lengths: T
         return h, h[:, -1] if L else start
     index = lengths.to(h.device, torch.long)[:, None, None].expand(-1, 1, D)
     return h, torch.cat([start[:, None], h], 1).gather(1, index)[:, 0]
+
+
+def _in_pairs(a: Tensor, x: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
+    if torch.compiler.is_exporting() and lengths is None:
+        start = torch.zeros_like(x[:, 0], dtype=dtype) if h0 is None else h0.to(dtype)
+        h = exported_pairs(a.to(dtype), x.to(dtype), start)
+        return h, h[:, -1]
+    whole = [None if t is None else torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x, h0)]
+    h, last = linear_recurrence(whole[0], whole[1], whole[2], lengths)  # type: ignore[arg-type]
+    return torch.view_as_real(h), torch.view_as_real(last)
 
 
 # Each backend maps a (B, L, D) or (D,), x (B, L, D), h0 (B, D), all of one dtype, to h (B, L, D).
@@ -67,29 +82,29 @@ def native_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def exported(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """The same in operators that an exported file can hold: real numbers, and a loop whose length is an input. Under torch.no_grad()."""
+    """The same in operators that an exported file can hold: a loop whose length is an input. Under torch.no_grad()."""
+    if x.is_complex():
+        raise RuntimeError("linear_recurrence: an exported file holds no complex numbers; give them as pairs (..., 2)")
     from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
-    steps = x.transpose(0, 1)
-    if not x.is_complex():
-        decays = a.expand_as(x).transpose(0, 1)
+    def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h = now[0] * h + now[1]
+        return h, h.clone()
 
-        def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            h = now[0] * h + now[1]
-            return h, h.clone()
+    _, h = scan(step, h0.contiguous(), (a.expand_as(x).transpose(0, 1), x.transpose(0, 1)))
+    return h.transpose(0, 1)
 
-        _, h = scan(step, h0.contiguous(), (decays, steps))
-        return h.transpose(0, 1)
 
-    def complex_step(h: tuple[Tensor, Tensor], now: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        a_re, a_im, x_re, x_im = now
-        re = a_re * h[0] - a_im * h[1] + x_re
-        im = a_re * h[1] + a_im * h[0] + x_im
-        return (re, im), (re.clone(), im.clone())
+def exported_pairs(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """The same for pairs (..., 2)."""
+    from torch._higher_order_ops import scan
 
-    decays = a.expand_as(x).transpose(0, 1)
-    _, (re, im) = scan(complex_step, (h0.real.contiguous(), h0.imag.contiguous()), (decays.real, decays.imag, steps.real, steps.imag))
-    return torch.complex(re, im).transpose(0, 1)
+    def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h = multiply(now[0], h) + now[1]
+        return h, h.clone()
+
+    _, h = scan(step, h0.contiguous(), (a.expand_as(x).transpose(0, 1), x.transpose(0, 1)))
+    return h.transpose(0, 1)
 
 
 # The opaque operator and its gradient, an operator too: a compiled graph sees one node of each.

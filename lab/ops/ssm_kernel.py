@@ -21,44 +21,45 @@ from lab.ops.backend import Backend, Op
 
 
 def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
-    """w (H, N) complex with real part <= 0, c (H, N) complex -> K (H, length), real. Computes in complex64, given any complex128 in
-    complex128. Differentiable once in both."""
-    if w.ndim != 2 or w.shape != c.shape:
-        raise ValueError(f"ssm_kernel: expected w and c (H, N), got {tuple(w.shape)} and {tuple(c.shape)}")
-    dtype = torch.promote_types(torch.promote_types(w.dtype, c.dtype), torch.complex64)
+    """w, c (H, N, 2), complex numbers as pairs (re, im), the real part of w <= 0 -> K (H, length). Computes in float32, given any float64 in
+    float64. Differentiable once in both."""
+    if w.ndim != 3 or w.shape != c.shape or w.shape[-1] != 2:
+        raise ValueError(f"ssm_kernel: expected w and c (H, N, 2), got {tuple(w.shape)} and {tuple(c.shape)}")
+    dtype = torch.promote_types(torch.promote_types(w.dtype, c.dtype), torch.float32)
     return SSM_KERNEL(w.to(dtype), c.to(dtype), length)
 
 
 def reference(w: Tensor, c: Tensor, length: int) -> Tensor:
+    w, c = torch.view_as_complex(w), torch.view_as_complex(c)
     steps = [2 * (c * torch.exp(w * l)).sum(1).real for l in range(length)]
     return torch.stack(steps, 1) if steps else w.real[:, :0]
 
 
 def torch_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
-    l = torch.arange(length, device=w.device, dtype=w.real.dtype)
-    size, angle = torch.exp(w.real[..., None] * l), w.imag[..., None] * l  # (H, N, L)
-    return 2 * ((c.real[:, None] @ (size * angle.cos())) - (c.imag[:, None] @ (size * angle.sin())))[:, 0]
+    (w_re, w_im), (c_re, c_im) = w.unbind(-1), c.unbind(-1)
+    l = torch.arange(length, device=w.device, dtype=w.dtype)
+    size, angle = torch.exp(w_re[..., None] * l), w_im[..., None] * l  # (H, N, L)
+    return 2 * (c_re[:, None] @ (size * angle.cos()) - c_im[:, None] @ (size * angle.sin()))[:, 0]
 
 
 @torch.library.custom_op("lab::ssm_kernel", mutates_args=())
 def native_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
-    w, c = (torch.view_as_real(t.resolve_conj().contiguous()) for t in (w, c))
     K = w.new_empty(w.shape[0], length)
-    native.call("ssm_kernel", w.dtype, w, c, K, w.shape[0], w.shape[1], length)
+    native.call("ssm_kernel", w.dtype, w.contiguous(), c.contiguous(), K, w.shape[0], w.shape[1], length)
     return K
 
 
 @native_backend.register_fake
 def _(w: Tensor, c: Tensor, length: int) -> Tensor:
-    return w.new_empty(w.shape[0], length, dtype=w.dtype.to_real())
+    return w.new_empty(w.shape[0], length)
 
 
 @torch.library.custom_op("lab::ssm_kernel_backward", mutates_args=())
 def backward_op(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """g (H, L) of K -> gradients of w and c."""
-    w, c, g = (t.resolve_conj().contiguous() for t in (w, c, g))
+    w, c, g = (t.contiguous() for t in (w, c, g))
     gw, gc = torch.empty_like(w), torch.empty_like(c)
-    native.call("ssm_kernel_backward", g.dtype, *map(torch.view_as_real, (w, c)), g, *map(torch.view_as_real, (gw, gc)), *w.shape, g.shape[1])
+    native.call("ssm_kernel_backward", g.dtype, w, c, g, gw, gc, w.shape[0], w.shape[1], g.shape[1])
     return gw, gc
 
 
@@ -81,11 +82,10 @@ def _second_backward(ctx: Any, *grads: Tensor) -> None:
 
 native_backend.register_autograd(_backward, setup_context=_save)
 backward_op.register_autograd(_second_backward)
-COMPLEX = (torch.complex64, torch.complex128)
 SSM_KERNEL = Op(
     "ssm_kernel",
     (
-        Backend("native", native_backend, supports=lambda w, c, length: native.why_not(w, c, dtypes=COMPLEX)),
+        Backend("native", native_backend, supports=lambda w, c, length: native.why_not(w, c)),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

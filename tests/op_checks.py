@@ -1,0 +1,36 @@
+"""Shared by the tests of ops: a backend against the float64 reference, values and gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from lab import ops
+from lab.ops import native, use
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}  # of the largest value
+
+
+def numbers(*shape, dtype, g):
+    return torch.randn(*shape, generator=g, dtype=dtype)
+
+
+def of(op) -> list[str]:
+    """The backends of an op that are here, but for the reference. Without a compiler there is no native one."""
+    return [name for name in ops.ops()[op.__name__] if name != "reference" and (name != "native" or native.LIBRARY)]
+
+
+def compare(op, name, args, dtype, call=None):
+    """The backend `name` in `dtype` against the reference in float64, on the same numbers."""
+    exact = [t.detach().to(torch.complex128 if t.is_complex() else torch.float64).requires_grad_() for t in args]
+    g = torch.Generator().manual_seed(9)
+    results = []
+    for backend, inputs in (("reference", exact), (name, args)):
+        with use(**{op.__name__: backend}):
+            out = (call or op)(*inputs)
+        g.manual_seed(9)
+        loss = sum((numbers(*y.shape, dtype=torch.float64, g=g) * (y.real if y.is_complex() else y)).sum() for y in out)
+        results.append([*out, *torch.autograd.grad(loss, inputs, materialize_grads=True)])
+    for i, (want, got) in enumerate(zip(*results, strict=True)):
+        assert got.dtype in (dtype.to_real(), dtype.to_complex()), i
+        scale = want.detach().abs().max() if want.numel() else 1
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=0, atol=float(TOLERANCE[dtype.to_real()] * (scale + 1e-30)), msg=lambda m, i=i: f"{i}: {m}")
