@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lab.layers import MLP, Embedding
 from lab.mixers.base import Mixer, Output, State, check_want
 from lab.models.base import SequenceModel
+from lab.ops import recording
 
 
 class Block(nn.Module):
@@ -100,10 +101,10 @@ class Stack(SequenceModel):
             return x
         length = tokens.shape[1]
         if state is None:
-            if not torch.compiler.is_compiling():
+            if not recording():
                 self.check_length(length, "the sequence")
             return x + self.position.weight[:length]
-        if not checked and not torch.compiler.is_compiling():  # generate has checked: reading a position back each step would stall a GPU
+        if not checked and not recording():  # generate has checked: reading a position back each step would stall a GPU
             end = state["position"] + (length if lengths is None else lengths)
             self.check_length(int(end.max()), "the state with the new tokens")
         offset = torch.arange(length, device=tokens.device)

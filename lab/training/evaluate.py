@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lab import ops
-from lab.config import ConfigError, compose, first_difference
+from lab.config import ConfigError
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
-from lab.training.load import find_checkpoint, load_checkpoint
+from lab.training.load import check_config_file, find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError, write_json
 
 OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
@@ -32,9 +32,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     path = find_checkpoint(target, own.get("checkpoint"))
     loaded = load_checkpoint(path, trust, of_the_run)
     if config_file is not None:
-        difference = first_difference(compose([f"--config={config_file}"]).stored, loaded.identity["config"])
-        if difference:
-            raise ConfigError(f"--config {config_file} contradicts the run: {difference}; lab-eval uses the run's own config")
+        check_config_file(config_file, loaded.identity, "lab-eval")
     trainer, task = loaded.config["trainer"], loaded.task
     model = loaded.model.to(_device(trainer["accelerator"]))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.config import check, override, resolve
+from lab.config import ConfigError, check, compose, first_difference, override, resolve
 from lab.models import SequenceModel
 from lab.tasks import Task
 from lab.training.checkpoint import read_checkpoint
@@ -66,3 +66,10 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
         ) from error
     model = experiment.model.double() if experiment.trainer.precision == "64-true" else experiment.model
     return Loaded(model.eval(), experiment.task, config, identity, checkpoint["global_step"])
+
+
+def check_config_file(config_file: str, identity: dict[str, Any], command: str) -> None:
+    """ConfigError where an experiment's file contradicts the config that a checkpoint stored."""
+    difference = first_difference(compose([f"--config={config_file}"]).stored, identity["config"])
+    if difference:
+        raise ConfigError(f"--config {config_file} contradicts the run: {difference}; {command} uses the run's own config")
