@@ -80,8 +80,7 @@ def export_model(
     try:
         draft.mkdir(parents=True)
         names = {graph.name: file_name(file.name, graph.name, format) for graph in exported.graphs}
-        for graph in exported.graphs:
-            FORMATS[format].write(graph, draft / names[graph.name], exported.max_len)
+        FORMATS[format].write(exported, {graph: draft / name for graph, name in names.items()})
         document = describe(exported, format, draft, names) | {"vocabulary": {"size": vocab_size}} | dict(about or {})
         write_json(draft / manifest.name, document)  # the verification goes by it
         document["limits"]["max_len_enforced"], document["verification"] = verify(model, draft / manifest.name, document, longest)

@@ -1,13 +1,13 @@
 """How a graph is written. ONNX and torch.export record it with free axes; TorchScript traces it, and its shapes stay those of the inputs.
 
-A writer gets a graph and the file to write. What cannot be recorded is a RunError; whether what was recorded is right, verify.py says.
+A writer gets the graphs of a model and the file of each. What cannot be recorded is a RunError; whether it is right, verify.py says.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from lab.config import ConfigError
-from lab.export.graphs import BATCH, CACHE, LENGTH, Graph
+from lab.export.graphs import BATCH, CACHE, LENGTH, Exported, Graph
 from lab.training.run import RunError
 
 
 @dataclass(frozen=True)
 class Format:
     suffix: str
-    write: Callable[[Graph, Path, int | None], None]  # graph, file, max_len
+    write: Callable[[Exported, Mapping[str, Path]], None]  # the graphs, and the file of each by its name
     packages: tuple[str, ...] = ()  # beyond what lab itself needs
 
     def check_packages(self, name: str) -> None:
@@ -51,8 +51,9 @@ def in_one_sentence(graph: Graph) -> Iterator[None]:
         torch_onnx.setLevel(level)
 
 
-def free_axes(graph: Graph, max_len: int | None) -> tuple[Any, ...]:
+def free_axes(graph: Graph, exported: Exported) -> tuple[Any, ...]:
     """The dynamic_shapes of torch.export. The cache may be empty; it has no room for more than max_len - 1 tokens before a step."""
+    max_len = exported.max_len
     dims = {
         BATCH: Dim(BATCH, min=1),
         LENGTH: Dim(LENGTH, min=1, max=max_len),
@@ -62,32 +63,41 @@ def free_axes(graph: Graph, max_len: int | None) -> tuple[Any, ...]:
     return (axes[0],) if graph.name != "step" else (axes[0], tuple(axes[1:]))  # the step takes its state as *state
 
 
-def program(graph: Graph, max_len: int | None) -> ExportedProgram:
-    return torch.export.export(graph.module, graph.example, dynamic_shapes=free_axes(graph, max_len))
+def write_pt2(exported: Exported, files: Mapping[str, Path]) -> None:
+    for graph in exported.graphs:
+        with in_one_sentence(graph):
+            torch.export.save(torch.export.export(graph.module, graph.example, dynamic_shapes=free_axes(graph, exported)), files[graph.name])
 
 
-def write_pt2(graph: Graph, file: Path, max_len: int | None) -> None:
-    with in_one_sentence(graph):
-        torch.export.save(program(graph, max_len), file)
+def write_torchscript(exported: Exported, files: Mapping[str, Path]) -> None:
+    for graph in exported.graphs:
+        with in_one_sentence(graph):  # check_trace would run at the example's sizes alone
+            torch.jit.trace(graph.module, graph.example, check_trace=False).save(str(files[graph.name]))
 
 
-def write_torchscript(graph: Graph, file: Path, max_len: int | None) -> None:
-    with in_one_sentence(graph):  # check_trace would run at the example's sizes alone
-        torch.jit.trace(graph.module, graph.example, check_trace=False).save(str(file))
+def write_onnx(exported: Exported, files: Mapping[str, Path]) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-
-def write_onnx(graph: Graph, file: Path, max_len: int | None) -> None:
-    with in_one_sentence(graph):
-        onnx_program = torch.onnx.export(
-            graph.module,
-            graph.example,
-            dynamo=True,
-            dynamic_shapes=free_axes(graph, max_len),
-            input_names=[spec.name for spec in graph.inputs],
-            output_names=[spec.name for spec in graph.outputs],
-            verbose=False,
-        )
-        onnx_program.save(file, external_data=False)
+    graphs = {graph.name: graph for graph in exported.graphs}
+    if "prefill" in graphs:
+        del graphs["sequence"]  # the prefill graph without the state; recording takes seconds
+    for name, graph in graphs.items():
+        with in_one_sentence(graph):
+            program = torch.onnx.export(
+                graph.module,
+                graph.example,
+                dynamo=True,
+                dynamic_shapes=free_axes(graph, exported),
+                input_names=[spec.name for spec in graph.inputs],
+                output_names=[spec.name for spec in graph.outputs],
+                verbose=False,
+            )
+            assert program is not None
+            program.save(files[name], external_data=False)
+            if name == "prefill":
+                del program.model.graph.outputs[1:]
+                RemoveUnusedNodesPass()(program.model)
+                program.save(files["sequence"], external_data=False)
 
 
 FORMATS = {
