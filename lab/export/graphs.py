@@ -109,7 +109,7 @@ def graphs(model: SequenceModel) -> Exported:
         if model.max_len < SHORTEST:
             raise RunError(f"the model was built with max_len={model.max_len}; a graph of free length needs {SHORTEST} or more")
         L = min(L, model.max_len)
-    sizes = (B, L), (B + 1, L), (B, L - 1)
+    sizes = (B, L), (B + 1, L), (B, L - 2)
     tokens = [torch.zeros(size, dtype=torch.long) for size in sizes]
     token_spec = Spec("tokens", (BATCH, LENGTH), "int64")
     logits = specs(["logits"], [(model(t),) for t in tokens], sizes)
