@@ -61,9 +61,7 @@ def _main(arguments: argparse.Namespace) -> None:
     with starting("lab-export"):
         from lab.export import export_run
 
-    manifest, file = export_run(
-        arguments.target, arguments.format, arguments.output, checkpoint, arguments.trust, arguments.config
-    )
+    manifest, file = export_run(arguments.target, arguments.format, arguments.output, checkpoint, arguments.trust, arguments.config)
     _print_table(manifest, file)
 
 

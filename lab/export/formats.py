@@ -66,7 +66,9 @@ def free_axes(graph: Graph, exported: Exported) -> tuple[Any, ...]:
 def write_pt2(exported: Exported, files: Mapping[str, Path]) -> None:
     for graph in exported.graphs:
         with in_one_sentence(graph):
-            torch.export.save(torch.export.export(graph.module, graph.example, dynamic_shapes=free_axes(graph, exported)), files[graph.name])
+            torch.export.save(
+                torch.export.export(graph.module, graph.example, dynamic_shapes=free_axes(graph, exported)), files[graph.name]
+            )
 
 
 def write_torchscript(exported: Exported, files: Mapping[str, Path]) -> None:

@@ -52,7 +52,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Exported:
-    """The graphs of a model, the layout of its state and the state before the first token (None where the model has none)."""
+    """The graphs of a model, the layout of its state and the state before the first token (None where init_state gives no tensors)."""
 
     graphs: tuple[Graph, ...]
     state: tuple[Spec, ...]
@@ -132,8 +132,8 @@ def graphs(model: SequenceModel) -> Exported:
         (Spec("token", (BATCH,), "int64"), *layout),
         (Spec("logits", logits[0].shape[:1] + logits[0].shape[2:], logits[0].dtype), *stepped),
     )
-    same = [pytree.tree_structure(one) == step.module.spec for one in empty]
-    return Exported((sequence, prefill, step), layout, initial_values(*empty) if all(same) else None, model.max_len)
+    given = all(pytree.tree_map(type, one) == pytree.tree_map(type, state) for one in empty)
+    return Exported((sequence, prefill, step), layout, initial_values(*empty) if given else None, model.max_len)
 
 
 def name(path: tuple[Any, ...]) -> str:
@@ -150,7 +150,9 @@ def specs(names: Sequence[str], outputs: Sequence[Sequence[Tensor]], sizes: Sequ
             kinds: dict[tuple[int, ...], int | str] = {(size[0],) * 3: size[0]}
             kinds |= {tuple(batch for batch, _ in sizes): BATCH, tuple(length for _, length in sizes): LENGTH}
             if size not in kinds:
-                raise RunError(f"axis {axis} of {name} has the sizes {size} at (batch, length) {tuple(sizes)}; expected a fixed one or one of these")
+                raise RunError(
+                    f"axis {axis} of {name} has the sizes {size} at (batch, length) {tuple(sizes)}; expected a fixed one or one of these"
+                )
             shape.append(kinds[size])
         found.append(Spec(name, tuple(shape), str(tensors[0].dtype).removeprefix("torch.")))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Runs exported files by what their manifest says, in a Python in which lab cannot be imported: python -I isolated.py MANIFEST CASES RESULTS
+"""Runs exported files by what their manifest says, in a Python without lab: python -I isolated.py MANIFEST CASES RESULTS
 
 CASES (npz): `sequence...`, `prefill...` tokens (B, L) for the graph of that name; `stream.K...` tokens (B, L) of which the first K go
 through prefill and the others through the step; `refuse.GRAPH` too many tokens, which the graph should refuse (all but the last are a
@@ -92,15 +92,22 @@ def answer(document, graphs, case, tokens):
     try:
         return stream(document, graphs, tokens, int(which)) if kind == "stream" else graphs[kind]([tokens])[0]
     except Exception as error:
-        text = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return np.asarray(f"{type(error).__name__}: {text[-1] if text else ''}"[:500])
+        return np.asarray(sentence(error))
+
+
+def sentence(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1 if 'TorchScript interpreter' in lines[0] else 0]}"[:500]
 
 
 def main(manifest, cases, results):
     sys.meta_path.insert(0, Blocker())
     warnings.simplefilter("ignore")
     document = json.loads(Path(manifest).read_text())
-    graphs = load(document, Path(manifest).parent)
+    try:
+        graphs = load(document, Path(manifest).parent)
+    except Exception as error:
+        sys.exit(sentence(error))
     with np.load(cases) as inputs:
         np.savez(results, **{case: answer(document, graphs, case, inputs[case]) for case in inputs.files})
     assert "lab" not in sys.modules

@@ -54,7 +54,9 @@ def cases(names: list[str], longest: int, from_nothing: bool) -> Iterator[tuple[
             yield from ((name, 0, B, L) for B, L in sorted({(B, L) for B, L in sizes if L <= longest}))
     if "step" in names:
         streams = [(0, 1, 6), (0, 3, 3), (1, 1, 9), (5, 4, 10), (longest - 3, 1, longest)]
-        yield from (("stream", k, B, L) for k, B, L in sorted({(k, B, min(L, longest)) for k, B, L in streams}) if k < L and (k or from_nothing))
+        yield from (
+            ("stream", k, B, L) for k, B, L in sorted({(k, B, min(L, longest)) for k, B, L in streams}) if k < L and (k or from_nothing)
+        )
 
 
 def run_isolated(manifest: Path, tokens: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
