@@ -208,6 +208,27 @@ def test_a_broken_experiment_disturbs_no_other(user):
     checked("experiment=small")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "[3]", "[null]", "[[1]]", "[{}]", "[{1: lot}]", "[{/model: 3}]", "[{/model: lot, /task: copy}]", "[{override /task/x: y}]",
+        "[{override task/x: y}]", "[x]", "[/experiment: x]", "[/task: copy, /task: copy]", "[/model/lto]",
+        "[{/mixer@model.other: latice}]", "[{override /mixer@_global_: lattice}]", "['']", "[{'': lot}]", "[{/task: '???'}]",
+        "[{/task: '${no}'}]", "[{override /model: '${no}'}]", "[optional /nothing: {}]",
+    ],
+)  # fmt: skip
+def test_any_odd_defaults_list_is_one_line(user, lines):
+    write(user, {"experiments/x.yaml": f"defaults: {lines}"})
+    with pytest.raises(ConfigError) as error:
+        compose(["experiment=x"])
+    assert "\n" not in str(error.value) and "x" in str(error.value)
+
+
+def test_an_optional_line_may_name_nothing(user):
+    write(user, {"experiments/x.yaml": "defaults: [optional /task@other: nothing, small]"})
+    assert compose(["experiment=x"]).config["model"]["n_layers"] == 2
+
+
 def test_what_hydra_alone_notices_is_one_line_too(user):
     write(user, {"experiments/x.yaml": "defaults: [_self_, _self_]"})
     with pytest.raises(ConfigError, match="the defaults lists of experiment=x do not compose: .*_self_") as error:
