@@ -158,21 +158,15 @@ def test_the_manifest_says_what_was_written(run):
 
 
 def test_the_documented_program_streams_what_the_model_generates(run, monkeypatch, capsys):
-    (program,) = re.findall(r"^```python\n(# stream.py\n.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    program, start, *_ = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(run.parent)
     names: dict = {}
-    exec(compile(program.replace("runs/mine", "run"), "docs/export.md", "exec"), names)
+    exec(compile(program.replace("runs/mine", "run") + start, "docs/export.md", "exec"), names)
     model, _, _ = lab.load(run)
+    for got, expected in zip(names["initial_state"](3), torch.utils._pytree.tree_leaves(model.init_state(3)), strict=True):
+        assert got.dtype == expected.numpy().dtype and np.array_equal(got, expected.numpy())
     want = model.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=5)[0, 3:].tolist()
     assert capsys.readouterr().out.split() == [str(token) for token in want]
-
-
-def test_a_stream_starts_without_a_prompt(run):
-    manifest = json.loads((run / "exports" / "best.onnx.json").read_text())
-    states = isolated.initial(manifest, 3)
-    model, _, _ = lab.load(run)
-    for got, want in zip(states, torch.utils._pytree.tree_leaves(model.init_state(3)), strict=True):
-        assert got.dtype == want.numpy().dtype and np.array_equal(got, want.numpy())
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path, capsys):

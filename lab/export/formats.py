@@ -45,7 +45,10 @@ def in_one_sentence(graph: Graph) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # torch raises dozens of kinds, some of them private
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter to ONNX wraps what it met into pages of advice
+            cause = cause.__cause__
+        reason = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())[:300] or type(cause).__name__
         raise RunError(f"the {graph.name} graph cannot be recorded: {reason}") from error
     finally:
         torch_onnx.setLevel(level)
