@@ -48,7 +48,8 @@ def in_one_sentence(graph: Graph) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter to ONNX wraps what it met into pages of advice
             cause = cause.__cause__
-        reason = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())[:300] or type(cause).__name__
+        reason = " ".join(line.strip() for line in str(cause).splitlines() if line.strip()) or type(cause).__name__
+        reason = reason.replace('For more information, run with TORCH_LOGS="+dynamic". - ', "")[:200]
         raise RunError(f"the {graph.name} graph cannot be recorded: {reason}") from error
     finally:
         torch_onnx.setLevel(level)
