@@ -1,0 +1,76 @@
+"""A report as text: for the terminal (rich), Markdown, CSV or JSON. People get rounded values, programs all digits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from lab.analysis.report import Report, number
+from lab.training.run import strict
+
+Format: TypeAlias = Literal["rich", "markdown", "csv", "json"]
+FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".csv": "csv", ".json": "json"}
+"""By the ending of a file."""
+
+WIDTH = 160  # of a table in a file
+
+
+def render(report: Report, form: Format) -> str:
+    if form == "json":
+        return json.dumps(strict({"notes": report.notes, "columns": report.columns, "rows": report.rows}), indent=1) + "\n"
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, report.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(report.rows)
+        return text.getvalue()
+    return _markdown(report) if form == "markdown" else _rich(report, WIDTH)
+
+
+def show(report: Report) -> None:
+    """Prints it for a person, as wide as the terminal."""
+    print(_rich(report, shutil.get_terminal_size((WIDTH, 24)).columns), end="", flush=True)
+
+
+def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines for people: a mean and its spread share a cell."""
+    header = [name for name in report.columns if not name.endswith(" sd")]
+    lines = []
+    for row in report.rows:
+        line = []
+        for name in header:
+            spread = row.get(f"{name} sd")
+            line.append(number(row[name]) + (f" ± {spread:.2g}" if spread is not None else ""))
+        lines.append(line)
+    return header, lines
+
+
+def _markdown(report: Report) -> str:
+    header, lines = _cells(report)
+    table = [header, ["---"] * len(header), *lines]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in table)
+    return text + "\n\n" + "".join(f"- {note}\n" for note in report.notes)
+
+
+def _rich(report: Report, width: int) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    header, lines = _cells(report)
+    table = Table()
+    for name in header:
+        numeric = any(isinstance(row[name], int | float) for row in report.rows)
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    text = io.StringIO()
+    console = Console(width=width, file=text)
+    console.print(table)
+    for note in report.notes:
+        console.print(Text(note), soft_wrap=True)
+    return text.getvalue()
