@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,7 +17,7 @@ Format: TypeAlias = Literal["rich", "markdown", "csv", "json"]
 FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".csv": "csv", ".json": "json"}
 """By the ending of a file."""
 
-WIDTH = 160  # of a table in a file
+UNBOUND = 10_000  # a table in a file or a pipe is as wide as its lines
 
 
 def render(report: Report, form: Format) -> str:
@@ -28,12 +29,12 @@ def render(report: Report, form: Format) -> str:
         writer.writeheader()
         writer.writerows(report.rows)
         return text.getvalue()
-    return _markdown(report) if form == "markdown" else _rich(report, WIDTH)
+    return _markdown(report) if form == "markdown" else _rich(report, UNBOUND)
 
 
 def show(report: Report) -> None:
-    """Prints it for a person, as wide as the terminal."""
-    print(_rich(report, shutil.get_terminal_size((WIDTH, 24)).columns), end="", flush=True)
+    """Prints it for a person, not wider than the terminal."""
+    print(_rich(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUND), end="", flush=True)
 
 
 def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -65,7 +66,7 @@ def _rich(report: Report, width: int) -> str:
     table = Table()
     for name in header:
         numeric = any(isinstance(row[name], int | float) for row in report.rows)
-        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(name.replace(" ", "\n")), justify="right" if numeric else "left", overflow="fold")
     for line in lines:
         table.add_row(*map(Text, line))
     text = io.StringIO()

@@ -11,6 +11,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read(path: Path, reason: str | None = None) -> Row:
         return replace(row, status="not begun", reason=None) if not path.exists() else replace(row, reason="not a folder")
     if not run.exists():
         return row
-    wrong: list[str] = [reason] if reason else []
+    wrong: list[str] = []
 
     def ask(question: Callable[[], Any]) -> dict[str, Any]:
         """The answer; {} if there is none, or if it is not as lab writes it."""
@@ -115,14 +116,18 @@ def read(path: Path, reason: str | None = None) -> Row:
     metrics, test = ask(lambda: _json(path / "metrics.json")), ask(lambda: _json(path / "eval" / "test-best.json"))
     choices = ask(lambda: hparams.get("choices", {}))
     best = ask(lambda: best_validation(path))
+    status = job.get("status", "no run" if wrong else "not begun")
+    if status == "running" or (status == "done" and test):  # what the sweep knew is of the past
+        reason = None
+    said = dict.fromkeys([*wrong, reason or job.get("reason")])
     return Row(
         path,
         model=choices.get("model"),
         task=choices.get("task"),
         choices=choices,
         config=ask(lambda: relevant(run.config())),
-        status=job.get("status", "no run" if wrong else "not begun"),
-        reason="; ".join([*wrong, *([job["reason"]] if job.get("reason") and job["reason"] not in wrong else [])]) or None,
+        status=status,
+        reason="; ".join(str(sentence) for sentence in said if sentence) or None,
         step=job.get("step", best.get("step")),
         params=metrics.get("params"),
         val=best.get(MONITOR),
@@ -146,6 +151,14 @@ def best_validation(path: Path) -> dict[str, Any]:
             if row[MONITOR] is not None and row[MONITOR] < best.get(MONITOR, float("inf")):
                 best = row
     return best
+
+
+def last_step(path: Path) -> int | None:
+    """The latest step in the metrics.jsonl of a run that may be at work; None before its first row."""
+    with suppress(OSError, ValueError, KeyError), (path / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
+        return int(json.loads(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])  # a row that is being written has no end
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="a run, a folder of runs, a sweep (or a file of it), or a glob")
-    parser.add_argument("--by-seed", action="store_true", help="one line for all seeds of an experiment: mean and sample standard deviation")
+    parser.add_argument(
+        "--by-seed", action="store_true", help="one line for all seeds of an experiment: mean and sample standard deviation"
+    )
     parser.add_argument("--format", choices=["rich", "markdown", "csv", "json"], help="of the table; rich if nothing says otherwise")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the table there; the ending chooses the format")
     return parser
