@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import sys
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lab.analysis.report import Report, number

@@ -231,8 +231,7 @@ def by_seed(found: list[Row]) -> Report:
 
 def _report(lines: list[dict[str, Any]], found: list[Row]) -> Report:
     columns = _names(lines)
-    ends = [name for name in ("code", "reason") if name in columns]
-    columns = [name for name in columns if name not in ends] + ends
+    columns = sorted(columns, key=lambda name: ("code", "reason").index(name) + 1 if name in ("code", "reason") else 0)
     kept = [name for name in columns if any(line.get(name) not in (None, "") for line in lines) or name in ("model", "val ce_loss")]
     notes = [SELECTION]
     counts = Counter(row.code for row in found if row.code)

@@ -27,6 +27,7 @@ from typing import Any
 import hydra
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -63,7 +64,7 @@ def sweep(words: list[str]) -> None:
     try:
         _multirun(plan, about_hydra, swept)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"-m: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"-m: {' '.join(str(error).partition('Config search path')[0].split())}") from error
     finally:
         if plan.file.exists():
             plan.write_table()
@@ -81,7 +82,9 @@ def sweep(words: list[str]) -> None:
 
 def sort(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     """(about Hydra itself, with several values, with one value); ConfigError for what cannot be read or belongs to a single run."""
-    about_hydra, swept, shared = [], [], []
+    about_hydra: list[str] = []
+    swept: list[str] = []
+    shared: list[str] = []
     for word in words:
         if re.match(r"[+~]*hydra[./]", word):
             about_hydra.append(word)
@@ -165,7 +168,7 @@ class Sweep:
 class Loader(ConfigLoaderImpl):
     """How Hydra's sweepers and launchers ask for the config of a job, and for the options of a group in `glob(*)`."""
 
-    def __init__(self, plain: ConfigLoaderImpl, plan: Sweep) -> None:
+    def __init__(self, plain: ConfigLoader, plan: Sweep) -> None:
         super().__init__(config_search_path=plain.get_search_path())
         self.plan = plan
 

@@ -50,7 +50,7 @@ class Overview:
         self.console.print(Text(text))
 
     def show(self, running: Sequence[tuple[Job, str]]) -> None:
-        for job, command in running:
+        for job, _ in running:
             if job.label not in self.began:
                 self.began[job.label] = time.monotonic()
                 if self._live is None:

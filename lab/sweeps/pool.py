@@ -40,29 +40,36 @@ class Pool:
     def __init__(self, n_jobs: int, overview: Overview, record: Callable[[Job, str | None], None]) -> None:
         self.n_jobs, self.overview, self.record = n_jobs, overview, record
         self.processes: list[Process] = []
+        self.left: list[Job] = []  # because another process is at them
         self.received: list[int] = []  # signals
         self.passed_on = 0  # how many of them the processes have got
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Interrupted, after all processes have saved and stopped, if this process was told to stop."""
-        waiting = deque(jobs)
         with self._signals(), self.overview:
-            while self.processes or (waiting and not self.received):
-                while waiting and len(self.processes) < self.n_jobs and not self.received:
-                    self._begin(waiting.popleft(), waiting)
-                self._pass_signals_on()
-                self.overview.show([(process.job, process.command) for process in self.processes])
-                time.sleep(POLL)
-                for process in [process for process in self.processes if process.popen.poll() is not None]:
-                    self.processes.remove(process)
-                    self._ended(process, waiting)
+            self._work(deque(jobs))
+            self._work(deque(self.left))  # perhaps they are free by now
+            for job in self.left:
+                self.overview.ended(job, "left alone: another process is at it")
         if self.received:
             number = self.received[0]
             raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command goes on", number)
 
-    def _begin(self, job: Job, waiting: deque[Job]) -> None:
+    def _work(self, waiting: deque[Job]) -> None:
+        self.left = []
+        while self.processes or (waiting and not self.received):
+            while waiting and len(self.processes) < self.n_jobs and not self.received:
+                self._begin(waiting.popleft())
+            self._pass_signals_on()
+            self.overview.show([(process.job, process.command) for process in self.processes])
+            time.sleep(POLL if self.processes else 0)
+            for process in [process for process in self.processes if process.popen.poll() is not None]:
+                self.processes.remove(process)
+                self._ended(process, waiting)
+
+    def _begin(self, job: Job) -> None:
         if Run(job.path).locked():
-            self.overview.ended(job, "left alone: another process is at it")
+            self.left.append(job)
             return
         command = job.next_command()
         if command is None:

@@ -37,9 +37,9 @@ import yaml
 from lab.config import Composed, ConfigError, config_hash
 
 PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
-LOG = "job.log"
+LOG, LOCK = "job.log", ".lock"
 OWN_FILES = (
-    ".lock", LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
     "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
     *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")),
 )  # fmt: skip
@@ -160,7 +160,7 @@ class Run:
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
         for file in ours:
-            if file.name != LOG:  # it is being written
+            if file.name not in (LOCK, LOG):  # a lock on a file without a name locks nobody out; the log is being written
                 file.unlink()
         for folder in (self.checkpoints, self.path / "eval"):
             with suppress(OSError):  # not there, or something of the user's is in it
@@ -189,7 +189,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise RunError(f"{self.path} is a file; run_dir is the folder of a run") from None
-        with (self.path / ".lock").open("a+") as lock:
+        with (self.path / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -207,15 +207,15 @@ class Run:
                 yield True
             finally:
                 self._writing = False
-                if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it
-                    (self.path / ".lock").unlink()
+                if [file.name for file in self.path.iterdir()] == [LOCK]:  # nothing came of it
+                    (self.path / LOCK).unlink()
                     self.path.rmdir()
 
     def locked(self) -> bool:
         """Whether any process holds the lock."""
         if self._writing:
             return True
-        with suppress(FileNotFoundError), (self.path / ".lock").open() as lock:
+        with suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:

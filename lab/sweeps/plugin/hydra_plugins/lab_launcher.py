@@ -22,11 +22,11 @@ class LabLauncher(Launcher):
     """n_jobs: how many processes at a time."""
 
     def __init__(self, n_jobs: int) -> None:
-        if not isinstance(n_jobs, int) or n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs ({SHELL}): expected an integer of at least 1, got {n_jobs}")
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs ({SHELL}): expected an integer of at least 1, got {self.n_jobs}")
         self.sweep: Sweep = task_function  # type: ignore[assignment]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
