@@ -112,9 +112,10 @@ def read(path: Path, reason: str | None = None) -> Row:
             return {}
         return answer
 
-    hparams, job = ask(run.hparams), ask(run.job)
+    hparams, job, config = ask(run.hparams), ask(run.job), ask(lambda: relevant(run.config()))
     metrics, test = ask(lambda: _json(path / "metrics.json")), ask(lambda: _json(path / "eval" / "test-best.json"))
     choices = ask(lambda: hparams.get("choices", {}))
+    scores, references = ask(lambda: test.get("metrics", {})), ask(lambda: test.get("references", {}))
     best = ask(lambda: best_validation(path))
     status = job.get("status", "no run" if wrong else "not begun")
     if status == "running" or (status == "done" and test):  # what the sweep knew is of the past
@@ -125,14 +126,14 @@ def read(path: Path, reason: str | None = None) -> Row:
         model=choices.get("model"),
         task=choices.get("task"),
         choices=choices,
-        config=ask(lambda: relevant(run.config())),
+        config=config,
         status=status,
-        reason="; ".join(str(sentence) for sentence in said if sentence) or None,
+        reason="; ".join(" ".join(str(sentence).split()) for sentence in said if sentence) or None,
         step=job.get("step", best.get("step")),
         params=metrics.get("params"),
         val=best.get(MONITOR),
-        test={name: value for name, value in ask(lambda: test.get("metrics", {})).items() if isinstance(value, int | float)},
-        references=ask(lambda: test.get("references", {})),
+        test={name: value for name, value in scores.items() if isinstance(value, int | float)},
+        references=references,
         code=hparams.get("code_version"),
     )
 
