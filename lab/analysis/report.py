@@ -129,7 +129,7 @@ def read(path: Path, reason: str | None = None) -> Row:
         config=config,
         status=status,
         reason="; ".join(" ".join(str(sentence).split()) for sentence in said if sentence) or None,
-        step=job.get("step", best.get("step")),
+        step=max(filter(None, (job.get("step"), last_step(path))), default=None),  # job.json has that of the last stop
         params=metrics.get("params"),
         val=best.get(MONITOR),
         test={name: value for name, value in scores.items() if isinstance(value, int | float)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Job:
         run = Run(self.path)
         fresh = after is None and bool(self.composed.config["fresh"])
         if after is None and (fresh or not self._is_done(run)):
-            return [TRAIN, *self.shared, *self.own, f"run_dir={quote(str(self.path))}"]
+            plain = re.fullmatch(r"[\w./-]+", str(self.path))
+            return [TRAIN, *self.shared, *self.own, f"run_dir={self.path if plain else quote(str(self.path))}"]
         return None if after == EVAL or self._is_evaluated() else [EVAL, str(self.path), *self._trust()]
 
     def _is_done(self, run: Run) -> bool:
