@@ -21,7 +21,7 @@ SHORT = (
 
 def short(words: list[str]) -> list[str]:
     """A command with the sizes that let it end in a moment; those of the words themselves that are longer are cut."""
-    if words[0] == "lab-eval" or {"--help", "--cfg", "--explain"} & set(words):
+    if words[0] != "lab-train" or {"--help", "--cfg", "--explain"} & set(words):
         return words
     if any(word.startswith("resume=") for word in words):
         return [*(word for word in words if not word.startswith("trainer.max_steps")), "trainer.max_steps=4"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class Job:
         job = Run(self.path).job()
         if job.get("pid") == pid and job.get("reason"):
             return str(job["reason"])
-        return f"killed by signal {-code}" if code < 0 else said or f"exit code {code}"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else said or f"exit code {code}"
 
     def last_line(self, start: int = 0) -> str:
         with self.log.open("rb") as file:
