@@ -202,6 +202,8 @@ def test_formats(capsys):
     assert lab_report.main(["a", "b|c", "--by-seed"]) == 0
     text = capsys.readouterr().out
     assert "0.5 ± 0.35" in text and "1, 2" in text and "sample standard deviation" in text
+    assert lab_report.main(["a", "b|c"]) == 0
+    assert capsys.readouterr().out.startswith("model lot, task copy, status done, step 20, params 12,345")
 
 
 def test_output(capsys):

@@ -16,6 +16,9 @@ Format: TypeAlias = Literal["rich", "markdown", "csv", "json"]
 FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".csv": "csv", ".json": "json"}
 """By the ending of a file."""
 
+COMMON = ("model", "task", "status", "step", "params")
+"""What is said once, above the table for the eye, where all runs have it in common."""
+
 UNBOUND = 10_000  # a table in a file or a pipe is as wide as its lines
 
 
@@ -62,14 +65,19 @@ def _rich(report: Report, width: int) -> str:
     from rich.text import Text
 
     header, lines = _cells(report)
+    cells = {name: [line[index] for line in lines] for index, name in enumerate(header)}
+    same = [name for name in COMMON if name in cells and len(set(cells[name])) == 1 and cells[name][0]]
     table = Table()
-    for name in header:
+    shown = [name for name in header if name not in same]
+    for name in shown:
         numeric = any(isinstance(row[name], int | float) for row in report.rows)
-        table.add_column(Text(name.replace(" ", "\n")), justify="right" if numeric else "left", overflow="fold")
-    for line in lines:
+        table.add_column(Text(name.replace(" ", "\n").replace("_", "_\n")), justify="right" if numeric else "left", overflow="fold")
+    for line in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*map(Text, line))
     text = io.StringIO()
     console = Console(width=width, file=text)
+    if same:
+        console.print(Text(", ".join(f"{name} {cells[name][0]}" for name in same)), soft_wrap=True)
     console.print(table)
     for note in report.notes:
         console.print(Text(note), soft_wrap=True)
