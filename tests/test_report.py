@@ -208,7 +208,7 @@ def test_formats(capsys):
 
 def test_output(capsys):
     make("a")
-    for name, start in {"t.md": "| run", "t.csv": "run,model", "t.json": "{", "t.txt": "┏"}.items():
+    for name, start in {"t.md": "| run", "t.csv": "run,model", "t.json": "{", "t.txt": "model lot"}.items():
         assert lab_report.main(["a", "--output", name]) == 0
         assert Path(name).read_text().startswith(start) and capsys.readouterr().out == f"written to {name}\n"
     assert lab_report.main(["a", "--output", "t.html"]) == 2
