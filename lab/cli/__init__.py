@@ -52,17 +52,15 @@ def starting(command: str) -> Iterator[None]:
 def _run(command: str, body: Callable[[], None]) -> int:
     with starting(command):
         from lab.config import ConfigError
-        from lab.training.run import Interrupted, RunError
+        from lab.training.run import RunError
 
     try:
         body()
         sys.stdout.flush()
     except ConfigError as error:
         return _say(command, error, USAGE)
-    except Interrupted as error:
-        return _say(command, error, error.exit_code)
     except RunError as error:
-        return _say(command, error, 1)
+        return _say(command, error, error.exit_code)
     except BrokenPipeError:  # `lab-train --cfg job | head`: nobody reads on, and that is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

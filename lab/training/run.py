@@ -9,6 +9,7 @@
     checkpoints/      last.ckpt to resume from, best.ckpt by validation; checkpoint.pt links to the best
     eval/             what lab-eval wrote
     exports/          what lab-export wrote
+    job.log           of a sweep's job: what its commands printed
 
 One process writes a run: it holds a lock on the folder, which the kernel drops when the process dies. A job that says
 `running` without a held lock was therefore killed, and reads as interrupted.
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from lab.config import Composed
 
 PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
+LOG, LOCK = "job.log", ".lock"
 OWN_FILES = (
-    ".lock", ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
     "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
     *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")), "exports/best.*", "exports/last.*",
 )  # fmt: skip
@@ -48,6 +50,14 @@ OWN_FILES = (
 
 class RunError(Exception):
     """Something is wrong with a run: one sentence for the user."""
+
+    exit_code = 1
+
+
+class Busy(RunError):
+    """Another process writes the run; the exit code is that of `try again later` (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
 
 
 class Interrupted(RunError):
@@ -155,7 +165,8 @@ class Run:
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
         for file in ours:
-            file.unlink()
+            if file.name not in (LOCK, LOG):  # a lock on a file without a name locks nobody out; the log is being written
+                file.unlink()
         for folder in (self.checkpoints, self.path / "eval", self.path / "exports"):
             with suppress(OSError):  # not there, or something of the user's is in it
                 folder.rmdir()
@@ -187,12 +198,12 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise RunError(f"{self.path} is a file; run_dir is the folder of a run") from None
-        with (self.path / ".lock").open("a+") as lock:
+        with (self.path / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 lock.seek(0)
-                raise RunError(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
+                raise Busy(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -205,15 +216,15 @@ class Run:
                 yield True
             finally:
                 self._writing = False
-                if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it
-                    (self.path / ".lock").unlink()
+                if [file.name for file in self.path.iterdir()] == [LOCK]:  # nothing came of it
+                    (self.path / LOCK).unlink()
                     self.path.rmdir()
 
     def locked(self) -> bool:
         """Whether any process holds the lock."""
         if self._writing:
             return True
-        with suppress(FileNotFoundError), (self.path / ".lock").open() as lock:
+        with suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
@@ -278,13 +289,19 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def new_run_path(composed: Composed) -> Path:
-    """runs/<experiment>/<date>_<time>_<config_hash>; without an experiment runs/<model>_<task>/..."""
+def job_path(composed: Composed) -> Path:
+    """runs/<experiment>/<config_hash>, without an experiment runs/<model>_<task>/...: the same job of two sweeps is one run."""
     name = composed.choices["experiment"]
     if name == "none":
         name = f"{composed.choices['model']}_{composed.choices['task']}"
+    return Path("runs") / name / config_hash(composed.stored)
+
+
+def new_run_path(composed: Composed) -> Path:
+    """runs/<experiment>/<date>_<time>_<config_hash>"""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    path = Path("runs") / name / f"{stamp}_{config_hash(composed.stored)}"
+    path = job_path(composed)
+    path = path.with_name(f"{stamp}_{path.name}")
     for n in range(2, 1000):  # the same job twice in one second
         if not path.exists():
             return path
