@@ -40,6 +40,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data_folder(tmp_path_factory):
+    """Prepared corpora go here, not into the home of who runs the tests."""
+    os.environ["LAB_DATA"] = str(tmp_path_factory.mktemp("lab_data"))
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """tiny(*overrides) trains in process, in the folder `run` of an empty current folder, and returns the run."""
@@ -60,7 +66,7 @@ def command(tmp_path):
     def call(name, *words, cwd=tmp_path, **kwargs):
         # pytest's own variables (warnings as errors) are not the user's
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
-        module = {"lab-train": "lab.cli.train", "lab-eval": "lab.cli.eval"}[name]
+        module = f"lab.cli.{name.removeprefix('lab-')}"
         return subprocess.run(
             [sys.executable, "-m", module, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
         )

@@ -13,11 +13,19 @@ from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
-from lab.training.load import find_checkpoint, load_checkpoint
+from lab.training.load import check_same_data, find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError, write_json
 
 OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
-ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.ops()))
+ALLOWED = (
+    "task.eval_lengths",
+    "task.eval_stride",
+    "task.path",
+    "trainer.batch_size",
+    "trainer.accelerator",
+    "trainer.num_workers",
+    *(f"ops.{op}" for op in ops.ops()),
+)
 
 
 def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -36,6 +44,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         if difference:
             raise ConfigError(f"--config {config_file} contradicts the run: {difference}; lab-eval uses the run's own config")
     trainer, task = loaded.config["trainer"], loaded.task
+    check_same_data(path, loaded.identity, task)
     model = loaded.model.to(_device(trainer["accelerator"]))
 
     def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
@@ -59,6 +68,8 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         metrics=metrics,
         by_position=by_position,
         by_length=by_length,
+        references=task.references(own["split"]),
+        data={**task.facts(), **task.split(own["split"]).facts()},
     )
     file = path.with_name(f"{path.stem}.{own['split']}.json")
     run = Run(path.parent.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
     stored = {key: node for key, node in identity["config"].items() if key not in ("callbacks", "logger")}  # of training alone
     config = resolve(override(stored, list(overrides)))
     check(config, trust=trust)
-    experiment = prepare(config, trust)
+    experiment = prepare(config, trust, to_train=False)
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
     try:
         experiment.model.load_state_dict(weights)
@@ -66,3 +66,12 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
         ) from error
     model = experiment.model.double() if experiment.trainer.precision == "64-true" else experiment.model
     return Loaded(model.eval(), experiment.task, config, identity, checkpoint["global_step"])
+
+
+def check_same_data(path: Path, identity: Mapping[str, Any], task: Task) -> None:
+    """RunError where the data that a checkpoint was trained on is not what its config stands for here and now."""
+    then, here = identity.get("data", {}), dict(task.facts())
+    different = [name for name in then if then[name] != here.get(name)]
+    if different:
+        sentences = (f"{name} {then[name]} then, {here.get(name)} here" for name in different)
+        raise RunError(f"{path} was trained on other data, so that its splits are not the ones here: {'; '.join(sentences)}")
