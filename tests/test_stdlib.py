@@ -116,37 +116,42 @@ def test_what_is_damaged_is_made_anew(corpus, capsys, harm):
             document.write_text("[1, 2]")
     again = corpus().prepared
     assert (again.file, again.facts, file.read_bytes()) == (file, facts, good)
-    assert ("damaged, or of something else" in capsys.readouterr().out) == (harm != "no json")
+    assert ("damaged, or of something else" in capsys.readouterr().err) == (harm != "no json")
 
 
 PREPARE = """
 import sys, time
 from pathlib import Path
 from lab.tasks import StandardLibrary
-task = StandardLibrary(source=sys.argv[1], path=sys.argv[2])
-Path(sys.argv[3]).touch()
-while not Path(sys.argv[4]).exists():
-    time.sleep(0.001)
-print(task.prepared)
+sources, data, me, other = sys.argv[1:]
+for source in sorted(Path(sources).iterdir()):
+    task = StandardLibrary(source=str(source), path=data)
+    Path(data, f"{source.name}.{me}").touch()
+    end = time.monotonic() + 60
+    while not Path(data, f"{source.name}.{other}").exists():
+        assert time.monotonic() < end, "the other process has failed"
+    file, facts, splits = task.prepared
+    print(file, facts["sha256"], splits, task.bytes_of("test")[-1])
 """
 
 
-def test_two_processes_prepare_at_once(source, tmp_path):
-    """Several rounds: both begin when both are ready, and both end with the same whole file."""
-    for turn in range(3):
-        put(source / "module_00.py", f"turn = {turn}\n" * 20000)
-        ready = [tmp_path / f"ready_{turn}_{i}" for i in range(2)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", PREPARE, str(source), str(tmp_path / "data"), str(mine), str(other)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for mine, other in (ready, reversed(ready))
-        ]  # fmt: skip
-        done = [process.communicate(timeout=120) for process in processes]
-        assert [error for _, error in done] == ["", ""]
-        assert done[0][0] == done[1][0] != ""
-        assert not list((tmp_path / "data").glob("*.tmp")) and len(list((tmp_path / "data").glob("*.bin"))) == turn + 1
+def test_two_processes_prepare_at_once(tmp_path):
+    """For each of several sources both begin when both are ready, and both end with the same whole file."""
+    for turn in range(8):
+        for i in range(40):
+            put(tmp_path / f"sources/{turn}/module_{i:02}.py", f"turn = {turn + i}\n" * 2000)
+    data = tmp_path / "data"
+    data.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, str(tmp_path / "sources"), str(data), *names],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for names in ("ab", "ba")
+    ]  # fmt: skip
+    (out, error), other = [process.communicate(timeout=300) for process in processes]
+    assert (out, error) == other and error == "" and len(out.splitlines()) == 8
+    assert not list(data.glob(".*")) and len(list(data.glob("*.bin"))) == len(list(data.glob("*.json"))) == 8
 
 
 def test_the_folder_is_the_path_else_lab_data(corpus, tmp_path, monkeypatch):
@@ -328,6 +333,14 @@ def test_a_run_reports_bits_per_byte(trained, source, command):
     assert result["by_length"]["64"] == "not applicable (max_len 32)"
     for text in ("bits_per_byte", "gzip_9 (no model)", f"{result['references']['gzip_9']:.4f}", f"scored_bytes {n}, context 32, stride 8"):
         assert text in done.stdout
+
+
+def test_it_learns_more_than_frequencies(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    longer = ["trainer.max_steps=200", "trainer.val_every=200", "trainer.batch_size=8", f"task.source={source}", "task.path=data"]
+    run = train(compose([*WORDS, *longer]))
+    logged = json.loads((run.path / "metrics.json").read_text())
+    assert logged["metrics"]["bits_per_byte"] < 0.75 * logged["references"]["unigram"]
 
 
 def test_other_bytes_than_those_of_training_are_refused(trained, source):

@@ -63,7 +63,8 @@ class Task(ABC):
         return self.split("val")
 
     def facts(self) -> Mapping[str, Any]:
-        """What identifies the data, where the config does not: stored in checkpoints and metrics.json, and compared on the way back."""
+        """What identifies the data, where the config does not: stored in checkpoints and metrics.json. Another "sha256" than that of
+        training is an error in lab-eval and on resume."""
         return {}
 
     def references(self, split: str) -> Mapping[str, float]:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -108,7 +109,7 @@ class ByteCorpus(Task):
     def references(self, split: str) -> dict[str, float]:
         """Bits per byte of a whole split without a model. unigram: a code of the frequencies of the training bytes (each counted once more,
         so that none is impossible). gzip_9: the split as one file."""
-        train, ours = (np.bincount(bytes_of, minlength=256) for bytes_of in (self.bytes_of("train"), self.bytes_of(split)))
+        train, ours = self.counts("train"), self.counts(split)
         surprise = -np.log2((train + 1) / (train + 1).sum())
         packed = gzip.compress(self.bytes_of(split).tobytes(), 9, mtime=0)
         return {"uniform": 8.0, "unigram": float((ours * surprise).sum() / ours.sum()), "gzip_9": 8 * len(packed) / int(ours.sum())}
@@ -117,6 +118,11 @@ class ByteCorpus(Task):
         """(n,) uint8, a memory map"""
         first, end = self.prepared.splits[split]
         return np.memmap(self.prepared.file, np.uint8, "r")[first:end]
+
+    def counts(self, split: str) -> np.ndarray:
+        """(256,) how often each byte occurs in a split; by pieces, as counting makes eight bytes of each."""
+        content, size = self.bytes_of(split), 1 << 20
+        return np.sum([np.bincount(content[i : i + size], minlength=256) for i in range(0, len(content), size)], axis=0)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogateescape"))  # bytes of a command line that are no UTF-8 come back as they were
@@ -216,13 +222,13 @@ def _open(stem: Path) -> Prepared | None:
     try:
         document = json.loads(stem.with_suffix(".json").read_bytes())
         facts, splits = document["facts"], {split: (int(a), int(b)) for split, (a, b) in document["splits"].items()}
-        whole = hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]
+        whole = hashlib.sha256(np.memmap(file, np.uint8, "r").data).hexdigest() == facts["sha256"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        print(f"{file} is damaged, or of something else: it is made anew", flush=True)
+        print(f"{file} is damaged, or of something else: it is made anew", file=sys.stderr, flush=True)
         return None
     return Prepared(file, facts, splits)
 
