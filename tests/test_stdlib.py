@@ -31,9 +31,9 @@ def source(tmp_path):
     folder = tmp_path / "source"
     for i in range(40):
         text = "".join(f"def function_{i}_{k}(x):\n    return x + {k * i}  # größer\n" for k in range(10))
-        put(folder / f"module_{i:02}.py", text)
+        put(folder / f"module_{i:02}.py", text + "end = 1")  # no newline at the end: the one before a split is not a byte of it
     for part in ("__init__", "core", "inner/deep"):
-        put(folder / f"package/{part}.py", "import core\n" * 10)
+        put(folder / f"package/{part}.py", "import core\n" * 10 + "core")
     for foreign in ("site-packages/numpy/x.py", "test/test_x.py", "package/tests/test_y.py", "_sysconfigdata_linux.py", "config-3.x/y.py"):
         put(folder / foreign, "foreign = 1\n")
     put(folder / "package/data.txt", "foreign\n")
