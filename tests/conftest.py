@@ -66,7 +66,7 @@ def command(tmp_path):
     def call(name, *words, cwd=tmp_path, **kwargs):
         # pytest's own variables (warnings as errors) are not the user's
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
-        module = f"lab.cli.{name.removeprefix('lab-')}"
+        module = name.replace("lab-", "lab.cli.")
         return subprocess.run(
             [sys.executable, "-m", module, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
         )

@@ -274,7 +274,7 @@ print(json.dumps({"code": code, "modules": sorted({name.partition(".")[0] for na
 @pytest.mark.parametrize(
     ("words", "code", "absent"),
     [
-        (["--help"], 0, HEAVY),
+        (["--help"], 0, (*HEAVY, "hydra", "omegaconf")),
         ([SMALL, "--cfg", "job"], 0, HEAVY),
         ([SMALL, "--explain", "model"], 0, HEAVY),
         (["model=transfomer"], 2, HEAVY),

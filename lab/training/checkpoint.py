@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from lab.training.run import RunError, sync_folder
+from lab.training.run import RunError, sync_folder, unlike
+
+CHECKPOINT = {"lab": dict, "state_dict": dict, "global_step": int}
+IDENTITY = {"config": dict, "choices": dict, "config_hash": str, "code_version": str, "git_commit": object}
+"""What is read of a checkpoint, and of its entry "lab"."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -54,8 +58,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{path} holds more than tensors and plain values, and is not loaded: {str(error).splitlines()[0]}") from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "lab" not in checkpoint:
-        raise RunError(f"{path} is not a checkpoint of lab: it lacks the entry 'lab' with the config of its run")
+    wrong = unlike(checkpoint, CHECKPOINT) or unlike(checkpoint["lab"], IDENTITY)
+    if wrong:
+        raise RunError(f"{path} is not a checkpoint of lab: {wrong}")
     return checkpoint
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lab import ops
 from lab.config import ConfigError, compose, first_difference
+from lab.config.errors import nearest
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
@@ -16,16 +17,11 @@ from lab.training.document import metrics_document
 from lab.training.load import check_same_data, find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError, write_json
 
-OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
-ALLOWED = (
-    "task.eval_lengths",
-    "task.eval_stride",
-    "task.path",
-    "trainer.batch_size",
-    "trainer.accelerator",
-    "trainer.num_workers",
+OPTIONS = {"split": SPLITS, "checkpoint": ("best", "last")}  # of lab-eval itself, with their choices
+OVERRIDABLE = (
+    "task.eval_lengths", "task.eval_stride", "task.path", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers",
     *(f"ops.{op}" for op in ops.ops()),
-)
+)  # fmt: skip
 
 
 def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -33,7 +29,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
 
     In a run that is eval/<split>-<checkpoint>.json, and metrics.json as well; a checkpoint that lies elsewhere gets a file beside it.
 
-    overrides: split (default test), checkpoint (best), and the keys of ALLOWED. config_file: a config that must not contradict the
+    overrides: split (default test), checkpoint (best), and the keys of OVERRIDABLE. config_file: a config that must not contradict the
     run's own. Raises RunError or ConfigError.
     """
     own, of_the_run = _sort(overrides)
@@ -101,14 +97,16 @@ def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     of_the_run = []
     for word in overrides:
         key, _, value = word.partition("=")
-        if key in OWN:
-            if value not in OWN[key]:
-                raise ConfigError(f"{key} must be one of {', '.join(OWN[key])}, got {value!r}")
+        if key in OPTIONS:
+            if value not in OPTIONS[key]:
+                raise ConfigError(f"{key} must be one of {', '.join(OPTIONS[key])}, got {value!r}")
             own[key] = value
-        elif key in ALLOWED:
+        elif key in OVERRIDABLE:
             of_the_run.append(word)
         else:
-            raise ConfigError(f"{key} cannot change in lab-eval, the run's own config decides; allowed are {', '.join((*OWN, *ALLOWED))}")
+            near = nearest(key, (*OPTIONS, *OVERRIDABLE))
+            allowed = f"the run's own config decides; allowed are {', '.join((*OPTIONS, *OVERRIDABLE))}"
+            raise ConfigError(f"{key} cannot change in lab-eval" + (f"; did you mean {near}?" if near else f", {allowed}"))
     return own, of_the_run
 
 

@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
-from lab.config import ConfigError, config_hash
+from lab.config import ConfigError, MistakeError, config_hash
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -28,6 +28,24 @@ from lab.training.module import LabModule
 from lab.training.run import Interrupted, Run, RunError, code_version, write_json
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's advice and adverts are not news of the run. Afterwards the log levels and warning filters are the caller's again."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.13
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@_quiet()
 def fit(
     run: Run,
     experiment: Experiment,
@@ -41,14 +59,13 @@ def fit(
     stored: the config with its environment variables unresolved, as it goes into each checkpoint. begin: what the first process does
     to the folder, after everything that can be wrong with the config has been found. extra_callbacks: from Python.
     """
-    _quiet()
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
     try:
         callbacks = [*_callbacks(experiment, trust), *extra_callbacks, checkpoints]
         trainer = _trainer(run, experiment, callbacks)
         loaders = _loaders(experiment, trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0].removeprefix('trainer.')}") from error
+        raise MistakeError(("trainer",), str(error).splitlines()[0]) from error
     if trainer.is_global_zero:
         begin()
     first_step = 0
@@ -88,7 +105,7 @@ def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callb
     for name, node in (experiment.callbacks or {}).items():
         callback = build_node(f"callbacks.{name}", node, trust)
         if not isinstance(callback, pl.Callback):
-            raise ConfigError(f"callbacks.{name} must be a pytorch_lightning.Callback, got a {type(callback).__name__}")
+            raise MistakeError(("callbacks", name), f"expected a pytorch_lightning.Callback, got a {type(callback).__name__}")
         callbacks.append(callback)
     if experiment.trainer.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=experiment.trainer.ema))
@@ -105,7 +122,7 @@ def _loggers(run: Run, experiment: Experiment, trust: list[str] | None, first_st
 def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback]) -> pl.Trainer:
     settings = experiment.trainer
     if settings.precision == "16-mixed" and not torch.cuda.is_available():
-        raise ConfigError("trainer.precision=16-mixed needs a GPU; bf16-mixed works on the CPU")
+        raise MistakeError(("trainer", "precision"), "16-mixed needs a GPU; bf16-mixed works on the CPU")
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     trainer = pl.Trainer(
         max_steps=experiment.max_steps,
@@ -188,11 +205,3 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     print(f"task:  {experiment.task.describe()}")
     print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
-
-
-def _quiet() -> None:
-    """Lightning's advice and adverts are not news of the run."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.13

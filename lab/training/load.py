@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab.config import check, override, resolve
+from lab.config import check, override
 from lab.models import SequenceModel
 from lab.tasks import Task
 from lab.training.checkpoint import read_checkpoint
@@ -54,9 +54,10 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
     checkpoint = read_checkpoint(path)
     identity = checkpoint["lab"]
     stored = {key: node for key, node in identity["config"].items() if key not in ("callbacks", "logger")}  # of training alone
-    config = resolve(override(stored, list(overrides)))
-    check(config, trust=trust)
-    experiment = prepare(config, trust, to_train=False)
+    composed = override(stored, list(overrides), path, identity["choices"])
+    with composed.saying_where():
+        check(composed, trust=trust)
+        experiment = prepare(composed.config, trust, to_train=False)
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
     try:
         experiment.model.load_state_dict(weights)
@@ -65,7 +66,7 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
             f"{path}: its weights do not fit the model of its config in this version of lab: {str(error).splitlines()[-1].strip()}"
         ) from error
     model = experiment.model.double() if experiment.trainer.precision == "64-true" else experiment.model
-    return Loaded(model.eval(), experiment.task, config, identity, checkpoint["global_step"])
+    return Loaded(model.eval(), experiment.task, composed.config, identity, checkpoint["global_step"])
 
 
 def check_same_data(path: Path, identity: Mapping[str, Any], task: Task) -> None:

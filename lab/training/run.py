@@ -27,13 +27,15 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lab.config import Composed, ConfigError, config_hash
+from lab.config import ConfigError, config_hash
+
+if TYPE_CHECKING:
+    from lab.config import Composed
 
 PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
 OWN_FILES = (
@@ -87,10 +89,10 @@ class Run:
     # ------------------------------------------------------------------ what is stored
 
     def config(self) -> dict[str, Any]:
-        return self._yaml("config.yaml")
+        return self._yaml("config.yaml", {"model": dict, "task": dict, "trainer": dict, "optimizer": dict})
 
     def hparams(self) -> dict[str, Any]:
-        return self._yaml("hparams.yaml")
+        return self._yaml("hparams.yaml", {"choices": dict, "code_version": str, "git_commit": object})
 
     def job(self) -> dict[str, Any]:
         """job.json, its status corrected by the lock: {} if the run has not begun."""
@@ -100,6 +102,8 @@ class Run:
             return {}
         except ValueError as error:
             raise RunError(f"{self.path / 'job.json'} is not valid JSON: {error}") from error
+        if wrong := unlike(job, {"status": str}):
+            raise RunError(f"{self.path / 'job.json'} is not that of a run of lab: {wrong}")
         if job["status"] == "running" and not self.locked():
             job |= {"status": "interrupted", "reason": "the process ended without a word (killed, or the machine stopped)"}
         return job
@@ -155,13 +159,17 @@ class Run:
             with suppress(OSError):  # not there, or something of the user's is in it
                 folder.rmdir()
 
-    def _yaml(self, name: str) -> dict[str, Any]:
+    def _yaml(self, name: str, types: Mapping[str, type]) -> dict[str, Any]:
+        file = self.path / name
         try:
-            return yaml.safe_load((self.path / name).read_text())
+            stored = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunError(f"{self.path / name} is missing: the run folder is not complete") from None
-        except yaml.YAMLError as error:
-            raise RunError(f"{self.path / name} is not valid YAML: {error}") from error
+            raise RunError(f"{file} is missing: the run folder is not complete") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if wrong := unlike(stored, types):
+            raise RunError(f"{file} is not that of a run of lab: {wrong}")
+        return stored
 
     # ------------------------------------------------------------------ the lock
 
@@ -235,6 +243,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(strict(value), indent=1) + "\n")
 
 
+def unlike(stored: Any, types: Mapping[str, type]) -> str | None:
+    """What a file that was read lacks of what a run would have stored in it; None where it has these keys with values of these types."""
+    if not isinstance(stored, dict):
+        return f"it holds no keys and values but a {type(stored).__name__}"
+    for key, wanted in types.items():
+        if key not in stored:
+            return f"it lacks {key}"
+        if not isinstance(stored[key], wanted):
+            return f"its {key} is a {type(stored[key]).__name__}, not a {wanted.__name__}"
+    return None
+
+
 def strict(value: Any) -> Any:
     """The same without NaN and infinities, which JSON does not have: null in their place."""
     if isinstance(value, Mapping):
@@ -300,6 +320,8 @@ def git_state() -> tuple[str | None, str, list[str]]:
 
 def environment() -> dict[str, str]:
     """Versions and the machine, for hparams.yaml and metrics.json."""
+    from importlib import metadata
+
     names = ("lab", "torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy")
     versions = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **versions, "platform": platform.platform()}

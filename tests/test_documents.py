@@ -1,0 +1,116 @@
+"""README.md and docs/*.md do what they say: the files in them are written, their commands and programs run, in order, in an empty folder.
+
+A block ```bash holds commands, one to a line; ```python or ```yaml a file, if its first line is a comment with a name, else a program.
+A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = DOCUMENTS[0].read_text()
+SHORT = (
+    "trainer.max_steps=2", "trainer.val_every=2", "task.n_val=8", "task.n_test=8", "task.n_train=128", "trainer.batch_size=8",
+    "model.d_model=16", "task.seq_len=8",
+)  # fmt: skip
+
+
+class Block(NamedTuple):
+    kind: str
+    text: str
+    file: str | None
+
+
+def blocks(document: Path) -> list[Block]:
+    found = []
+    pattern = r"^```(bash|python|yaml)\n(.*?)^```|^<!-- before: (.*?) -->"
+    for kind, text, before in re.findall(pattern, document.read_text(), re.MULTILINE | re.DOTALL):
+        name = re.match(r"(?:# @package.*\n)?# (\S+\.(?:py|yaml))\n", text)
+        found.append(Block(kind or "bash", text or before, name[1] if name else None))
+    return found
+
+
+def short(words: list[str]) -> list[str]:
+    """A command with the sizes that let it end in a moment; those of the words themselves that are longer are cut."""
+    if words[0] != "lab-train" or {"--help", "--cfg", "--explain"} & set(words):
+        return words
+    if any(word.startswith("resume=") for word in words):
+        return [*(word for word in words if not word.startswith("trainer.max_steps")), "trainer.max_steps=4"]
+    own_task = any(word.startswith("task=") for word in words)
+    return [*words, *(word for word in SHORT if not (own_task and word.startswith("task.")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    (tmp_path / "experiments").mkdir()
+    for file in (ROOT / "experiments").glob("*.yaml"):  # the README names these files by the path that they have in a checkout
+        (tmp_path / "experiments" / file.name).write_text(file.read_text())
+    try:
+        for block in blocks(document):
+            run(block, tmp_path, command, capsys)
+    finally:
+        for name in set(sys.modules) - before:
+            if not hasattr(sys.modules[name], "__file__") or str(sys.modules[name].__file__).startswith(str(tmp_path)):
+                del sys.modules[name]
+
+
+def run(block: Block, folder: Path, command, capsys) -> None:
+    if block.file:
+        (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / block.file).write_text(block.text)
+    elif block.kind == "bash":
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = short(shlex.split(line, comments=True))
+            if words:
+                done = command(*words, cwd=folder)
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    elif block.kind == "python":
+        capsys.readouterr()
+        exec(compile(block.text, block.text.splitlines()[0], "exec"), {"__name__": "document"})
+        printed = capsys.readouterr().out
+        assert ("print(" in block.text) == bool(printed)
+        if "exact match, decoded greedily" in block.text:
+            assert float(printed.split()[-1]) > 0.5  # it learns, in 300 steps
+    else:
+        raise AssertionError(f"a block of YAML without the name of its file:\n{block.text}")
+
+
+def test_there_is_something_to_run():
+    count = {kind: sum(block.kind == kind for document in DOCUMENTS for block in blocks(document)) for kind in ("bash", "python", "yaml")}
+    assert count["bash"] >= 5 and count["python"] >= 8 and count["yaml"] >= 3, count
+
+
+def test_the_mistake_is_quoted_as_it_is_printed(command):
+    line, sentence = re.search(r"^\$ (lab-train .*)\n(lab-train: .*)$", README, re.MULTILINE).groups()
+    done = command(*shlex.split(line))
+    assert done.returncode == 2 and done.stderr.strip() == sentence
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test"])
+def test_the_two_scripts_are_there(name):
+    script = ROOT / "scripts" / name
+    assert f"./scripts/{name}" in README and script.stat().st_mode & 0o111
+    assert "./scripts/test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_model_and_task_is_in_the_table():
+    for group in ("model", "task"):
+        for file in (ROOT / "configs" / group).glob("*.yaml"):
+            assert f"| `{file.stem}` |" in README, f"{group}={file.stem} is not in the README"
+
+
+def test_every_page_is_linked():
+    for page in DOCUMENTS[1:]:
+        assert f"docs/{page.name}" in README, f"docs/{page.name} is not in the README"
