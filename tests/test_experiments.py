@@ -47,9 +47,12 @@ def test_the_loss_falls_on_one_repeated_batch(name):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["copy_reverse", "copy_reverse_small"])
-def test_the_baseline_has_as_many_parameters(name):
-    lattice, vanilla = (prepare(compose([f"experiment={name}{suffix}"]).config).model for suffix in ("", "_vanilla"))
+@pytest.mark.parametrize(
+    "names",
+    [("copy_reverse", "copy_reverse_vanilla"), ("copy_reverse_small", "copy_reverse_small_vanilla"), ("stdlib_lot", "stdlib_transformer")],
+)
+def test_the_baseline_has_as_many_parameters(names):
+    lattice, vanilla = (prepare(compose([f"experiment={name}"]).config).model for name in names)
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (lattice, vanilla))
     assert abs(ours - theirs) / theirs < 1e-3
 
