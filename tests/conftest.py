@@ -40,6 +40,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data_folder(tmp_path_factory):
+    """Prepared corpora go here, not into the home of who runs the tests."""
+    os.environ["LAB_DATA"] = str(tmp_path_factory.mktemp("lab_data"))
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """tiny(*overrides) trains in process, in the folder `run` of an empty current folder, and returns the run."""

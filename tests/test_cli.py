@@ -22,7 +22,7 @@ SMALL = "experiment=copy_reverse_small"
 SCORES = {"exact_match": 0.98765, "mean_sync_order": None}
 RESULT = {
     "model": "lot", "task": "copy_reverse", "split": "val", "checkpoint": "best", "step": 7, "metrics": SCORES,
-    "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
+    "references": {}, "data": {}, "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
-    "logger", "callbacks.progress", "run_dir", "resume", "fresh",
+    "logger", "callbacks.progress", "task.path", "run_dir", "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
 

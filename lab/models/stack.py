@@ -91,6 +91,8 @@ class Stack(SequenceModel):
                 out = block(x, before, lengths=lengths, want=want)
             x = out.y if want else out
             outputs.append(out)
+        if "last" in want:
+            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
         logits = self.head(self.norm(x))
         return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
 

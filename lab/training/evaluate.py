@@ -14,11 +14,14 @@ from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
-from lab.training.load import check_config_file, find_checkpoint, load_checkpoint
+from lab.training.load import check_config_file, check_same_data, find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError, write_json
 
 OPTIONS = {"split": SPLITS, "checkpoint": ("best", "last")}  # of lab-eval itself, with their choices
-OVERRIDABLE = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.ops()))
+OVERRIDABLE = (
+    "task.eval_lengths", "task.eval_stride", "task.path", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers",
+    *(f"ops.{op}" for op in ops.ops()),
+)  # fmt: skip
 
 
 def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -35,6 +38,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     if config_file is not None:
         check_config_file(config_file, loaded.identity, "lab-eval")
     trainer, task = loaded.config["trainer"], loaded.task
+    check_same_data(path, loaded.identity, task)
     model = loaded.model.to(_device(trainer["accelerator"]))
 
     def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
@@ -58,6 +62,8 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         metrics=metrics,
         by_position=by_position,
         by_length=by_length,
+        references=task.references(own["split"]),
+        data={**task.facts(), **task.split(own["split"]).facts()},
     )
     file = path.with_name(f"{path.stem}.{own['split']}.json")
     run = Run(path.parent.parent)

@@ -52,16 +52,16 @@ class Experiment:
         return steps_per_epoch(len(self.task.split("train")), self.trainer.batch_size, self.trainer.accumulate)
 
 
-def prepare(config: Mapping[str, Any], trust: list[str] | None = None) -> Experiment:
+def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train: bool = True) -> Experiment:
     """Builds what a config describes, the callbacks and the logger excepted; the weights are those of its seed, the ops as it forces them.
 
     trust: None allows any `_target_` (a config that the user typed), a list only those of lab and these prefixes.
-    ConfigError names the node whose values do not fit together.
+    to_train: False for a model that is loaded, which needs no training data. ConfigError names the node whose values do not fit together.
     """
     built = {name: build_node(name, config[name], trust) for name in ("task", "trainer", "optimizer", "model")}
     try:
         experiment = Experiment(**{**config, **built})
-        _ = experiment.weights, experiment.max_steps
+        _ = experiment.weights, experiment.max_steps if to_train else None
         ops.force(experiment.ops)
     except ValueError as error:
         raise _mistake(error, dict(config), ()) from error

@@ -22,6 +22,7 @@ from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lab.training.document import metrics_document
 from lab.training.experiment import Experiment, build_node
+from lab.training.load import check_same_data
 from lab.training.loggers import JsonLines
 from lab.training.module import LabModule
 from lab.training.run import Interrupted, Run, RunError, code_version, write_json
@@ -67,7 +68,11 @@ def fit(
         raise MistakeError(("trainer",), str(error).splitlines()[0]) from error
     if trainer.is_global_zero:
         begin()
-    first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
+    first_step = 0
+    if run.last.exists():
+        checkpoint = read_checkpoint(run.last)
+        check_same_data(run.last, checkpoint["lab"], experiment.task)
+        first_step = checkpoint["global_step"]
     if first_step > experiment.max_steps:
         raise ConfigError(f"{run.path} is at step {first_step}: trainer.max_steps cannot be {experiment.max_steps}")
     trainer.loggers = _loggers(run, experiment, trust, first_step)
@@ -84,6 +89,7 @@ def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabM
     hparams = run.hparams()
     identity = {name: hparams[name] for name in ("choices", "git_commit")}
     identity |= {"config": dict(stored), "config_hash": config_hash(stored), "code_version": code_version()}
+    identity["data"] = dict(experiment.task.facts())
     settings, model = experiment.trainer, experiment.model
     model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
@@ -151,7 +157,7 @@ def _loaders(experiment: Experiment, trainer: pl.Trainer) -> tuple[TrainLoader, 
         "pin_memory": trainer.strategy.root_device.type == "cuda",
     }  # fmt: skip
     train = TrainLoader(task.split("train"), settings.batch_size, settings.accumulate, experiment.max_steps, experiment.seed, **place)
-    return train, EvalLoader(task.split("val"), settings.batch_size, **place)
+    return train, EvalLoader(task.validation(), settings.batch_size, **place)
 
 
 @contextmanager
@@ -183,10 +189,11 @@ def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:
-    best = checkpoints.best
+    best, task = checkpoints.best, experiment.task
     document = metrics_document(
         module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
-        metrics=best["metrics"], by_position=best["by_position"],
+        metrics=best["metrics"], by_position=best["by_position"], references=task.references("val"),
+        data={**task.facts(), **task.validation().facts()},
     )  # fmt: skip
     write_json(run.path / "metrics.json", document)
     print(f"done: {run.path}  (best by validation: step {best['step']}, ce_loss {best['metrics']['ce_loss']:.4g})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
     composed = override(stored, list(overrides), path, identity["choices"])
     with composed.saying_where():
         check(composed, trust=trust)
-        experiment = prepare(composed.config, trust)
+        experiment = prepare(composed.config, trust, to_train=False)
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
     try:
         experiment.model.load_state_dict(weights)
@@ -74,3 +74,11 @@ def check_config_file(config_file: str, identity: dict[str, Any], command: str) 
     difference = first_difference(compose([f"--config={config_file}"]).stored, identity["config"])
     if difference:
         raise ConfigError(f"--config {config_file} contradicts the run: {difference}; {command} uses the run's own config")
+
+
+def check_same_data(path: Path, identity: Mapping[str, Any], task: Task) -> None:
+    """RunError where the data that a checkpoint was trained on is not what its config stands for here and now."""
+    then, here = identity.get("data", {}), task.facts()
+    if "sha256" in then and then["sha256"] != here.get("sha256"):
+        sentences = (f"{name} {then[name]} then, {here.get(name)} here" for name in then if then[name] != here.get(name))
+        raise RunError(f"{path} was trained on other data, so that its splits are not the ones here: {'; '.join(sentences)}")
