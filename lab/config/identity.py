@@ -11,7 +11,7 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
-    "logger", "callbacks.progress", "run_dir", "resume", "fresh",
+    "trainer.log_layer_grad_norms", "logger", "callbacks.progress", "callbacks.phases", "callbacks.attention", "run_dir", "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
 
