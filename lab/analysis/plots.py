@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -23,14 +22,12 @@ from lab.training.run import Run, RunError
 
 RunPath = str | Path
 SIZE = 9  # points, of all text
-DELIMITER = {"color": "crimson", "linewidth": 1.2}
+LOGARITHMIC = ("loss", "ce_loss")
 TITLES = {"loss": "loss", "ce_loss": "cross-entropy (nats per token)", "exact_match": "exact match", "sync_order": "synchronisation r"}
 
 
-def plot_delimiter_wave(
-    logdir: RunPath, step: int | None = None, layer: int = -1, sample: int = 0, output: RunPath | None = None
-) -> Figure:
-    """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer (-1: the topmost)."""
+def plot_delimiter_wave(logdir: RunPath, step: int | None = None, layer: int = 0, sample: int = 0, output: RunPath | None = None) -> Figure:
+    """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer."""
     return _save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
 
 
@@ -51,7 +48,7 @@ def plot_history(
 # ----------------------------------------------------------------------- drawing
 
 
-def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = -1, sample: int = 0) -> Figure:
+def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: int = 0) -> Figure:
     """The (L, H) phase map on a cyclic colour map; below it r(t), and the phase velocity of each head."""
     n_layers, n_samples = snapshot["theta"].shape[:2]
     if not -n_layers <= layer < n_layers:
@@ -64,11 +61,16 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = -1, sample: 
     velocity = (np.diff(theta, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the shorter way round, from token to token
     heads = theta.shape[1]
 
-    figure = Figure(figsize=(7, 4.6), dpi=100, layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
+    figure = Figure(figsize=(7, 4.6), dpi=100)
+    # Fixed places: a layout that adjusts itself draws everything twice, and training waits for this picture.
+    grid = figure.add_gridspec(
+        3, 2, height_ratios=[2, 1, 1], width_ratios=[60, 1], hspace=0.12, wspace=0.03, left=0.11, right=0.91, top=0.9
+    )
+    top = figure.add_subplot(grid[0, 0])
+    middle, bottom = (figure.add_subplot(grid[row, 0], sharex=top) for row in (1, 2))
     extent = (-0.5, length - 0.5, heads - 0.5, -0.5)
     image = top.imshow(theta.T, cmap="twilight", vmin=0, vmax=2 * np.pi, aspect="auto", interpolation="nearest", extent=extent)
-    bar = figure.colorbar(image, ax=top, pad=0.01, aspect=12)
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[0, 1]))
     bar.set_ticks([0, np.pi, 2 * np.pi], labels=["0", "π", "2π"])
     bar.set_label("phase θ (rad)", size=SIZE)
     bar.ax.tick_params(labelsize=SIZE)
@@ -76,56 +78,70 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = -1, sample: 
     top.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
     middle.plot(np.arange(length), r, color="black", linewidth=1.3)
-    middle.set_ylim(0, 1)
+    middle.set_ylim(0, 1.06)
     middle.set_yticks([0, 0.5, 1])
     middle.set_ylabel("order r", size=SIZE)
 
     between = np.arange(length - 1) + 0.5
     bottom.plot(between, velocity, color="tab:blue", linewidth=0.6, alpha=0.5)
     bottom.plot(between, velocity.mean(1), color="black", linewidth=1.3, label="mean over heads")
-    bottom.plot([], [], color="tab:blue", linewidth=0.6, label="one head")
+    bottom.plot([], [], color="tab:blue", linewidth=0.6, label="each head")
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    bottom.legend(fontsize=SIZE - 1.5, frameon=False, loc="upper right", ncols=2, borderaxespad=0.1)
     bottom.set_ylabel("velocity\n(rad / token)", size=SIZE)
     bottom.set_xlabel("token t", size=SIZE)
     bottom.xaxis.set_major_locator(MaxNLocator(10, integer=True))
 
     prompt_len = int(snapshot["prompt_len"])
     for axes in (top, middle, bottom):
-        axes.tick_params(labelsize=SIZE)
+        axes.tick_params(labelsize=SIZE, labelbottom=axes is bottom)
         if 0 < prompt_len <= length:
-            axes.axvline(prompt_len - 1, **DELIMITER, label="delimiter")
-    _legend(bottom)
-    figure.suptitle(f"step {int(snapshot['step']):,}, layer {layer % n_layers} of {n_layers}, sample {sample % n_samples}", size=SIZE + 1)
+            axes.axvline(prompt_len - 1, color="crimson", linewidth=1.2)
+    if 0 < prompt_len <= length:
+        top.text(prompt_len - 1, -0.6, "delimiter", color="crimson", size=SIZE, ha="center", va="bottom")
+    figure.suptitle(f"step {int(snapshot['step']):,}, layer {layer % n_layers}, sample {sample % n_samples}", size=SIZE + 1)
     return figure
 
 
 def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Figure:
-    """(layers, H) panels of queries by keys, on one logarithmic-like scale: the square root of the weight."""
+    """A row of maps for each layer, one for each head, queries downwards and keys to the right. The colour is the root of the weight."""
     weights = snapshot["attention"].astype(np.float32)  # (layers, H, L, L)
     n_layers, heads, length, _ = weights.shape
-    prompt_len = int(snapshot["prompt_len"])
-    figure = Figure(figsize=(1.15 * heads + 1.2, 1.25 * n_layers + 0.9), dpi=100, layout="constrained")
-    grid = figure.subplots(n_layers, heads, squeeze=False, sharex=True, sharey=True)
-    for (layer, head), axes in np.ndenumerate(grid):
-        image = axes.imshow(weights[layer, head] ** 0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        if 0 < prompt_len <= length:
-            axes.axvline(prompt_len - 1, color="white", linewidth=0.5)
-            axes.axhline(prompt_len - 1, color="white", linewidth=0.5)
-        axes.tick_params(labelsize=SIZE - 2)
-        axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        if layer == 0:
-            axes.set_title(f"head {head}", size=SIZE)
-        if head == 0:
-            axes.set_ylabel(f"layer {layer}", size=SIZE)
+    gap = max(1, length // 16)
+    weights = np.where(np.tri(length, dtype=bool), weights, np.nan)  # the future stays blank
+    mosaic = np.pad(weights, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(n_layers * (length + gap), heads * (length + gap))[:-gap, :-gap]
+    first = np.arange(max(n_layers, heads)) * (length + gap)  # of each map, in pixels
+
+    width, height = 1.15 * heads, 1.15 * n_layers  # inches
+    figure = Figure(figsize=(width + 1.7, height + 0.95), dpi=100)
+    axes, bar_axes = (
+        figure.add_axes((left / (width + 1.7), 0.55 / (height + 0.95), wide / (width + 1.7), height / (height + 0.95)))
+        for left, wide in ((0.75, width), (width + 0.85, 0.12))
+    )
+    image = axes.imshow(mosaic**0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_xticks(first[:heads] + (length - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
+    axes.set_yticks(
+        first[:n_layers] + (length - 1) / 2, [f"layer {layer}" for layer in range(n_layers)], size=SIZE, rotation=90, va="center"
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"key s, 0 to {length - 1} in each map", size=SIZE)
+    axes.set_ylabel("query t", size=SIZE)
+    prompt_len, title = int(snapshot["prompt_len"]), f"step {int(snapshot['step']):,}"
+    if 0 < prompt_len <= length:
+        for row in first[:n_layers]:
+            axes.vlines(first[:heads] + prompt_len - 1, row - 0.5, row + length - 0.5, color="crimson", linewidth=0.5)
+        for column in first[:heads]:
+            axes.hlines(first[:n_layers] + prompt_len - 1, column - 0.5, column + length - 0.5, color="crimson", linewidth=0.5)
+        title += "; red lines: the delimiter"
     ticks = np.array([0, 0.1, 0.25, 0.5, 1])
-    bar = figure.colorbar(image, ax=grid, pad=0.01, aspect=25)
+    bar = figure.colorbar(image, cax=bar_axes)
     bar.set_ticks(list(ticks**0.5), labels=[f"{tick:g}" for tick in ticks])
     bar.ax.tick_params(labelsize=SIZE)
     bar.set_label("attention weight", size=SIZE)
-    figure.supxlabel("key token s", size=SIZE)
-    figure.supylabel("query token t", size=SIZE)
-    lines = ", white lines: the delimiter" if 0 < prompt_len <= length else ""
-    figure.suptitle(f"step {int(snapshot['step']):,}{lines}", size=SIZE + 1)
+    axes.set_title(title, size=SIZE + 1)
     return figure
 
 
@@ -149,16 +165,15 @@ def learning_curves(histories: Mapping[str, Any], metrics: Sequence[str]) -> Fig
                     axes.plot(values.index, values, color=colour, label=name, **style)
         axes.set_xlabel("optimiser step", size=SIZE)
         axes.set_title(TITLES.get(metric, metric), size=SIZE + 1)
-        axes.set_ylim(bottom=0)
+        if metric in LOGARITHMIC:
+            axes.set_yscale("log")
+        else:
+            axes.margins(y=0.03)
         axes.tick_params(labelsize=SIZE)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    _legend(panels[0])
+    panels[0].legend(fontsize=SIZE - 1.5, frameon=False)
     return figure
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=SIZE - 1.5, frameon=False, loc="best")
 
 
 def _label(path: RunPath, paths: Sequence[RunPath]) -> str:

@@ -32,7 +32,7 @@ class Monitor(pl.Callback):
     kind: Literal["phases", "attention"]
     needs: str  # the name in the record without which there is nothing to show
 
-    def __init__(self, interval: int | None = 100, samples: int = 4) -> None:
+    def __init__(self, interval: int | None = 200, samples: int = 4) -> None:
         if interval is not None and interval < 1:
             raise ValueError(f"interval must be at least 1, or null for never, got {interval}")
         if samples < 1:
@@ -126,7 +126,7 @@ class Attention(Monitor):
     kind = "attention"
     needs = "attention"
 
-    def __init__(self, interval: int | None = 100, samples: int = 4, maps: bool = False) -> None:
+    def __init__(self, interval: int | None = 200, samples: int = 4, maps: bool = False) -> None:
         super().__init__(interval, samples)
         self.maps = maps
 
