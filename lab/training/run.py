@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import time
@@ -154,12 +155,14 @@ class Run:
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else that lies in the folder. RunError, and nothing removed, if it is not a run's."""
-        files = [file for file in self.path.rglob("*") if not file.is_dir()]
+        wandb = self.path / "wandb"  # a tree of W&B's own making
+        files = [file for file in self.path.rglob("*") if not file.is_dir() and wandb not in file.parents]
         ours = [file for file in files if any(file.relative_to(self.path).match(pattern) for pattern in OWN_FILES)]
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
         for file in ours:
             file.unlink()
+        shutil.rmtree(wandb, ignore_errors=True)
         for name in OWN_FOLDERS:
             with suppress(OSError):  # not there, or something of the user's is in it
                 (self.path / name).rmdir()
