@@ -9,6 +9,7 @@ Each takes `output`, a file to save to (png, pdf, svg by its ending). RunError i
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,28 @@ LOGARITHMIC = ("loss", "ce_loss")
 TITLES = {"loss": "loss", "ce_loss": "cross-entropy (nats per token)", "exact_match": "exact match", "sync_order": "synchronisation r"}
 
 
-def plot_delimiter_wave(logdir: RunPath, step: int | None = None, layer: int = 0, sample: int = 0, output: RunPath | None = None) -> Figure:
+class Plot(Figure):
+    """A matplotlib Figure that a notebook shows by itself; one that pyplot does not know has no picture there."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
+def plot_delimiter_wave(logdir: RunPath, step: int | None = None, layer: int = 0, sample: int = 0, output: RunPath | None = None) -> Plot:
     """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer."""
     return _save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
 
 
-def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None) -> Figure:
+def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None) -> Plot:
     """The attention weights of the first sample in the snapshot nearest to `step` (None: the last one): a row for each layer."""
     return _save(attention_maps(read_snapshot(logdir, "attention", step)), output)
 
 
 def plot_history(
     logdir: RunPath | Sequence[RunPath], metrics: Sequence[str] = ("ce_loss", "exact_match"), output: RunPath | None = None
-) -> Figure:
+) -> Plot:
     """A panel for each metric over the steps: training as a thin line, validation as points. Several runs have a colour each."""
     paths = [logdir] if isinstance(logdir, str | Path) else list(logdir)
     histories = {_label(path, paths): Run.open(path).history() for path in paths}
@@ -48,7 +58,7 @@ def plot_history(
 # ----------------------------------------------------------------------- drawing
 
 
-def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: int = 0) -> Figure:
+def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: int = 0) -> Plot:
     """The (L, H) phase map on a cyclic colour map; below it r(t), and the phase velocity of each head."""
     n_layers, n_samples = snapshot["theta"].shape[:2]
     if not -n_layers <= layer < n_layers:
@@ -61,7 +71,7 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: i
     velocity = (np.diff(theta, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the shorter way round, from token to token
     heads = theta.shape[1]
 
-    figure = Figure(figsize=(7, 4.6), dpi=100)
+    figure = Plot(figsize=(7, 4.6), dpi=100)
     # Fixed places: a layout that adjusts itself draws everything twice, and training waits for this picture.
     grid = figure.add_gridspec(
         3, 2, height_ratios=[2, 1, 1], width_ratios=[60, 1], hspace=0.12, wspace=0.03, left=0.11, right=0.91, top=0.9
@@ -104,7 +114,7 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: i
     return figure
 
 
-def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Figure:
+def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
     """A row of maps for each layer, one for each head, queries downwards and keys to the right. The colour is the root of the weight."""
     weights = snapshot["attention"].astype(np.float32)  # (layers, H, L, L)
     n_layers, heads, length, _ = weights.shape
@@ -115,7 +125,7 @@ def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Figure:
     first = np.arange(max(n_layers, heads)) * (length + gap)  # of each map, in pixels
 
     width, height = 1.15 * heads, 1.15 * n_layers  # inches
-    figure = Figure(figsize=(width + 1.7, height + 0.95), dpi=100)
+    figure = Plot(figsize=(width + 1.7, height + 0.95), dpi=100)
     axes, bar_axes = (
         figure.add_axes((left / (width + 1.7), 0.55 / (height + 0.95), wide / (width + 1.7), height / (height + 0.95)))
         for left, wide in ((0.75, width), (width + 0.85, 0.12))
@@ -145,11 +155,11 @@ def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def learning_curves(histories: Mapping[str, Any], metrics: Sequence[str]) -> Figure:
+def learning_curves(histories: Mapping[str, Any], metrics: Sequence[str]) -> Plot:
     """histories: tables of `Run.history()` by label."""
     if not metrics:
         raise ValueError("metrics is empty; name one, such as ce_loss")
-    figure = Figure(figsize=(3.6 * len(metrics) + 0.2, 3.0), dpi=100, layout="constrained")
+    figure = Plot(figsize=(3.6 * len(metrics) + 0.2, 3.0), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         if not any(f"{part}/{metric}" in table for table in histories.values() for part in ("train", "val")):
@@ -185,7 +195,7 @@ def _label(path: RunPath, paths: Sequence[RunPath]) -> str:
     return str(path)
 
 
-def _save(figure: Figure, output: RunPath | None) -> Figure:
+def _save(figure: Plot, output: RunPath | None) -> Plot:
     if output is not None:
         figure.savefig(output, dpi=150)
     return figure

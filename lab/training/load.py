@@ -10,7 +10,7 @@ from lab import ops
 from lab.config import check, override, resolve
 from lab.models import SequenceModel
 from lab.tasks import Task
-from lab.training.checkpoint import read_checkpoint
+from lab.training.checkpoint import keep_random_states, read_checkpoint
 from lab.training.experiment import prepare
 from lab.training.run import Run, RunError
 
@@ -30,7 +30,7 @@ def load(target: str | Path, checkpoint: str | None = None, trust: Sequence[str]
     built, such as "mypackage"; a config is code, and a run may come from anywhere. Raises RunError or ConfigError in one sentence.
     Ops that the run's config forced are not forced here: that is for `ops.use` to say.
     """
-    with ops.use():
+    with ops.use(), keep_random_states():  # building a model draws
         loaded = load_checkpoint(find_checkpoint(target, checkpoint), list(trust))
     return loaded.model, loaded.task, loaded.config
 
