@@ -79,7 +79,7 @@ def test_wandb_offline(tiny, monkeypatch):
         (file,) = Path(name).glob("wandb/offline-run-*/*.wandb")
         content = file.read_bytes()
         assert b"train/ce_loss" in content and b"val/exact_match" in content and b"vocab_size" in content and name.encode() in content
-        assert list(Path(name).glob("wandb/offline-run-*/files/media/images/phases/delimiter_wave*.png"))
+        assert list(Path(name).glob("wandb/offline-run-*/files/media/images/watch_phases/delimiter_wave*.png"))
     tiny(*words, "fresh=true", run_dir="one")
     assert len(list(Path("one").glob("wandb/offline-run-*"))) == 1
 

@@ -43,14 +43,20 @@ def test_what_is_seen_and_when(tiny):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-2)
     assert not np.triu(weights, 1).any()
     seen = {name: row["step"] for row in rows("run") for name in row}
-    names = [*(f"attention_entropy/layer_{i}_head_{h}" for i in (0, 1) for h in (0, 1)), "sync_order/layer_0", "sync_order/layer_1"]
+    names = [
+        *(f"watch_attention/entropy_layer_{i}_head_{h}" for i in (0, 1) for h in (0, 1)),
+        "watch_phases/sync_order_layer_0",
+        "watch_phases/sync_order_layer_1",
+    ]
     assert set(names) <= set(seen)
-    (first,) = (row for row in rows("run") if row["step"] == 0 and "sync_order/layer_1" in row)
-    assert first["sync_order/layer_1"] == pytest.approx(read_snapshot("run", "phases", 0)["r"][1].mean(), abs=1e-6)
+    (first,) = (row for row in rows("run") if row["step"] == 0 and "watch_phases/sync_order_layer_1" in row)
+    assert first["watch_phases/sync_order_layer_1"] == pytest.approx(read_snapshot("run", "phases", 0)["r"][1].mean(), abs=1e-6)
     shown = events(run)
-    assert shown["scalars"]["sync_order/layer_1"] == [0, 4, 8, 12]
-    assert shown["images"] == {"phases/delimiter_wave": [0, 4, 8, 12], "attention/maps": [0, 5, 10, 12]}
-    assert set(shown["histograms"]) == {f"{n}/layer_{i}" for n in ("theta", "omega", "kappa", "attention_entropy") for i in (0, 1)}
+    assert shown["scalars"]["watch_phases/sync_order_layer_1"] == [0, 4, 8, 12]
+    assert shown["images"] == {"watch_phases/delimiter_wave": [0, 4, 8, 12], "watch_attention/maps": [0, 5, 10, 12]}
+    assert set(shown["histograms"]) == {
+        f"watch_{n}_layer_{i}" for n in ("phases/theta", "phases/omega", "phases/kappa", "attention/entropy") for i in (0, 1)
+    }
 
 
 def test_the_rows_are_the_first_ones_of_validation(tiny):
@@ -67,8 +73,8 @@ def test_the_entropy_is_that_of_the_weights(tiny):
     """At the start of training attention is nearly uniform over the t + 1 visible tokens."""
     tiny(*WATCHED, "trainer.max_steps=1", "trainer.val_every=1")
     uniform = sum(math.log(t + 1) for t in range(8)) / 8
-    (first,) = (row for row in rows("run") if row["step"] == 0 and "attention_entropy/layer_0_head_0" in row)
-    assert uniform - 0.1 < first["attention_entropy/layer_0_head_0"] <= uniform + 1e-6
+    (first,) = (row for row in rows("run") if row["step"] == 0 and "watch_attention/entropy_layer_0_head_0" in row)
+    assert uniform - 0.1 < first["watch_attention/entropy_layer_0_head_0"] <= uniform + 1e-6
 
 
 @pytest.mark.parametrize("more", [(), ("trainer.ema=0.9", "trainer.accumulate=2")])
@@ -137,16 +143,16 @@ def test_a_killed_run_does_not_double_anything(tmp_path, command, monkeypatch):
         run = train(compose(line))
         (tmp_path / "killed").unlink()
         assert list(snapshot_steps(run.path, "phases")) == [0, 4, 8, 12]
-        steps = [row["step"] for row in rows(run.path) if "sync_order/layer_0" in row]
+        steps = [row["step"] for row in rows(run.path) if "watch_phases/sync_order_layer_0" in row]
         assert steps == [0, 4, 8, 12]
         shown = events(run)
-        assert shown["scalars"]["sync_order/layer_0"] == steps and shown["images"]["phases/delimiter_wave"] == steps
+        assert shown["scalars"]["watch_phases/sync_order_layer_0"] == steps and shown["images"]["watch_phases/delimiter_wave"] == steps
 
 
 def test_a_model_without_phases_is_left_alone(tiny):
     tiny(*WATCHED, "model=transformer")
     assert not snapshot_steps("run", "phases") and list(snapshot_steps("run", "attention")) == [0, 5, 10, 12]
-    assert not any("sync_order/layer_0" in row for row in rows("run"))
+    assert not any("watch_phases/sync_order_layer_0" in row for row in rows("run"))
 
 
 def test_two_processes_look_once(tmp_path, command):
@@ -154,7 +160,7 @@ def test_two_processes_look_once(tmp_path, command):
     done = command("lab-train", *words)
     assert done.returncode == 0, done.stderr
     assert list(snapshot_steps(tmp_path / "run", "phases")) == [0, 4]
-    assert [row["step"] for row in rows(tmp_path / "run") if "sync_order/layer_0" in row] == [0, 4]
+    assert [row["step"] for row in rows(tmp_path / "run") if "watch_phases/sync_order_layer_0" in row] == [0, 4]
 
 
 def test_it_can_be_switched_off_and_is_cleared(tiny):

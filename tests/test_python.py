@@ -73,6 +73,7 @@ def test_a_mistake_is_an_exception_with_one_sentence(arguments, sentence):
 def test_the_process_is_left_as_it_was(monkeypatch):
     """Words of somebody else's command line, forced ops, random states, switches, handlers, the environment."""
     monkeypatch.setattr(sys, "argv", ["notebook", "--no-such-option"])
+    lab.train(overrides=WORDS, run_dir="first")  # what imports do to the environment stays
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
 
     def state():

@@ -5,6 +5,8 @@ It changes nothing: a pass of its own in eval mode, without gradients, uncompile
 does it. The weights are those being trained, not their average (`trainer.ema`). A model that does not record what a callback shows is
 asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, others may record neither.
 The pass holds the attention weights of all layers: 4 bytes x samples x heads x layers x length squared.
+
+The names begin with watch_, so that TensorBoard, which sorts its groups, shows train and val first.
 """
 
 from __future__ import annotations
@@ -108,12 +110,12 @@ class Phases(Monitor):
             "r": stacked(record["sync_order"]),
         }
         write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
-        scalars = {f"sync_order/layer_{i}": float(r[real].mean()) for i, r in enumerate(record["sync_order"])}
+        scalars = {f"watch_phases/sync_order_layer_{i}": float(r[real].mean()) for i, r in enumerate(record["sync_order"])}
         for logger in loggers:
             logger.log_metrics(scalars, step)
         names = ("theta", "omega", "kappa")
-        log_histograms(loggers, {f"{name}/layer_{i}": x for name in names for i, x in enumerate(record[name])}, step)
-        log_figure(loggers, "phases/delimiter_wave", lambda: delimiter_wave(arrays | {"step": np.int64(step)}), step)
+        log_histograms(loggers, {f"watch_phases/{name}_layer_{i}": x for name in names for i, x in enumerate(record[name])}, step)
+        log_figure(loggers, "watch_phases/delimiter_wave", lambda: delimiter_wave(arrays | {"step": np.int64(step)}), step)
 
 
 class Attention(Monitor):
@@ -136,13 +138,13 @@ class Attention(Monitor):
         real = torch.arange(self.batch.inputs.shape[1]) < lengths[:, None]  # (B, L)
         entropies = [torch.special.entr(weights).sum(-1).movedim(1, -1)[real] for weights in record["attention"]]  # (tokens, H)
         scalars = {
-            f"attention_entropy/layer_{i}_head_{h}": value
+            f"watch_attention/entropy_layer_{i}_head_{h}": value
             for i, entropy in enumerate(entropies)
             for h, value in enumerate(entropy.mean(0).tolist())
         }
         for logger in loggers:
             logger.log_metrics(scalars, step)
-        log_histograms(loggers, {f"attention_entropy/layer_{i}": entropy for i, entropy in enumerate(entropies)}, step)
+        log_histograms(loggers, {f"watch_attention/entropy_layer_{i}": entropy for i, entropy in enumerate(entropies)}, step)
         if self.maps:
             from lab.analysis.plots import attention_maps
 
@@ -153,7 +155,7 @@ class Attention(Monitor):
                 "attention": stacked([weights[0, :, :n, :n] for weights in record["attention"]]).astype(np.float16),
             }
             write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
-            log_figure(loggers, "attention/maps", lambda: attention_maps(arrays | {"step": np.int64(step)}), step)
+            log_figure(loggers, "watch_attention/maps", lambda: attention_maps(arrays | {"step": np.int64(step)}), step)
 
 
 def stacked(layers: list[Tensor]) -> np.ndarray:
