@@ -55,6 +55,23 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def breaker(tmp_path, monkeypatch):
+    """breaker(step): the words for a callback that raises an error at the start of that step, once."""
+    (tmp_path / "breaker.py").write_text(
+        "import pathlib\nimport pytorch_lightning as pl\n"
+        "class Breaker(pl.Callback):\n"
+        "    def __init__(self, step: int):\n"
+        "        self.step, self.mark = step, pathlib.Path('broken')\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        if trainer.global_step == self.step and not self.mark.exists():\n"
+        "            self.mark.touch()\n"
+        "            raise RuntimeError(f'broken at step {self.step}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda step: ("+callbacks.breaker._target_=breaker.Breaker", f"+callbacks.breaker.step={step}")
+
+
+@pytest.fixture
 def command(tmp_path):
     """command("lab-train", *words) runs a command in an empty folder, and gives what it did."""
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import KILLER, TINY, rows, tensors
+from conftest import TINY, rows, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.analysis.snapshots import read_snapshot, snapshot_steps
 from lab.config import ConfigError, compose, first_difference
 from lab.mixers import Attention, Lattice
-from lab.training import Run, train
+from lab.training import Run
 from lab.training.monitoring import Phases
 
 WATCHED = (
@@ -132,21 +133,18 @@ def test_random_numbers_and_modes_are_put_back(tiny):
     assert len(model.seen) == 1  # it records nothing, and is not asked again
 
 
-def test_a_killed_run_does_not_double_anything(tmp_path, command, monkeypatch):
-    (tmp_path / "killer.py").write_text(KILLER)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for at in (8, 3):  # after the checkpoint of step 5, and before any
-        line = [*TINY, *WATCHED, "+callbacks.killer._target_=killer.Killer", f"+callbacks.killer.step={at}", f"run_dir=run{at}"]
-        assert command("lab-train", *line).returncode == -9
-        (tmp_path / f"run{at}" / "phases" / "step_00000011.npz").touch()  # as if of the steps that are lost
-        run = train(compose(line))
-        (tmp_path / "killed").unlink()
-        assert list(snapshot_steps(run.path, "phases")) == [0, 4, 8, 12]
-        steps = [row["step"] for row in rows(run.path) if "watch_phases/sync_order_layer_0" in row]
-        assert steps == [0, 4, 8, 12]
-        shown = events(run)
-        assert shown["scalars"]["watch_phases/sync_order_layer_0"] == steps and shown["images"]["watch_phases/delimiter_wave"] == steps
+@pytest.mark.parametrize("at", [8, 3])  # after the checkpoint of step 5, and before any
+def test_a_broken_run_that_goes_on_has_nothing_twice(tiny, breaker, at):
+    words = (*WATCHED, *breaker(at))
+    with pytest.raises(RuntimeError, match=f"step {at}"):
+        tiny(*words)
+    Path("run/phases/step_00000011.npz").touch()  # as if of the steps that are lost
+    run = tiny(*words)
+    assert list(snapshot_steps(run.path, "phases")) == [0, 4, 8, 12]
+    steps = [row["step"] for row in rows(run.path) if "watch_phases/sync_order_layer_0" in row]
+    assert steps == [0, 4, 8, 12]
+    shown = events(run)
+    assert shown["scalars"]["watch_phases/sync_order_layer_0"] == steps and shown["images"]["watch_phases/delimiter_wave"] == steps
 
 
 def test_a_model_without_phases_is_left_alone(tiny):
