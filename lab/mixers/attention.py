@@ -88,7 +88,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """What `attend` weighs v with, as a matrix: q (B, L, H, e), k (B, S, H, e), mask as there -> (B, H, L, S) in float32, rows sum to 1."""
-    scores = torch.einsum("blhe,bshe->bhls", q.float(), k.float())
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("blhe,bshe->bhls", q.float(), k.float())
     if mask is None:
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~mask, float("-inf")).softmax(-1)
