@@ -16,6 +16,7 @@ TINY = (
     "task.vocab_size=12", "task.seq_len=8", "task.n_train=70", "task.n_val=12", "task.n_test=10", "task.free_samples=4",
     "trainer.max_steps=12", "trainer.batch_size=8", "trainer.val_every=6", "trainer.checkpoint_every=5", "trainer.log_every=1",
     "trainer.accelerator=cpu", "optimizer.lr=1e-2", "~callbacks.progress",
+    "~callbacks.phases", "~callbacks.attention",
 )  # fmt: skip
 
 # killer.py of a test's own folder
@@ -57,6 +58,23 @@ def tiny(tmp_path, monkeypatch):
         return train(compose([*TINY, *overrides, f"run_dir={run_dir}"]))
 
     return start
+
+
+@pytest.fixture
+def breaker(tmp_path, monkeypatch):
+    """breaker(step): the words for a callback that raises an error at the start of that step, once."""
+    (tmp_path / "breaker.py").write_text(
+        "import pathlib\nimport pytorch_lightning as pl\n"
+        "class Breaker(pl.Callback):\n"
+        "    def __init__(self, step: int):\n"
+        "        self.step, self.mark = step, pathlib.Path('broken')\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        if trainer.global_step == self.step and not self.mark.exists():\n"
+        "            self.mark.touch()\n"
+        "            raise RuntimeError(f'broken at step {self.step}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda step: ("+callbacks.breaker._target_=breaker.Breaker", f"+callbacks.breaker.step={step}")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
-    "logger", "callbacks.progress", "task.path", "run_dir", "resume", "fresh",
+    "trainer.log_layer_grad_norms", "logger", "callbacks.progress", "callbacks.phases", "callbacks.attention", "task.path", "run_dir",
+    "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
 

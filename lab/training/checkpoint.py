@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,13 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextmanager
+def keep_random_states() -> Iterator[None]:
+    """What is drawn inside does not count."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(states)

@@ -12,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
@@ -62,6 +61,7 @@ def fit(
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
     try:
         callbacks = [*_callbacks(experiment, trust), *extra_callbacks, checkpoints]
+        logger = build_node("logger", experiment.logger, trust) if experiment.logger else None
         trainer = _trainer(run, experiment, callbacks)
         loaders = _loaders(experiment, trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
@@ -75,7 +75,7 @@ def fit(
         first_step = checkpoint["global_step"]
     if first_step > experiment.max_steps:
         raise ConfigError(f"{run.path} is at step {first_step}: trainer.max_steps cannot be {experiment.max_steps}")
-    trainer.loggers = _loggers(run, experiment, trust, first_step)
+    trainer.loggers = [JsonLines(run.path, first_step), *([logger.build(run.path, first_step)] if logger else [])]
     module = _module(run, experiment, stored)
     if trainer.is_global_zero:
         _say_what_starts(run, experiment, first_step)
@@ -110,13 +110,6 @@ def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callb
     if experiment.trainer.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=experiment.trainer.ema))
     return callbacks
-
-
-def _loggers(run: Run, experiment: Experiment, trust: list[str] | None, first_step: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonLines(run.path, first_step)]
-    if experiment.logger:
-        loggers.append(build_node("logger", experiment.logger, trust).build(run.path, first_step))
-    return loggers
 
 
 def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback]) -> pl.Trainer:

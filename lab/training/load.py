@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lab import ops
 from lab.config import ConfigError, check, compose, first_difference, override
 from lab.models import SequenceModel
 from lab.tasks import Task
-from lab.training.checkpoint import read_checkpoint
+from lab.training.checkpoint import keep_random_states, read_checkpoint
 from lab.training.experiment import prepare
 from lab.training.run import Run, RunError
 
@@ -27,8 +28,10 @@ def load(target: str | Path, checkpoint: str | None = None, trust: Sequence[str]
 
     checkpoint: `best` (by validation, the default) or `last`, of a run. trust: prefixes of `_target_` beside lab's own that may be
     built, such as "mypackage"; a config is code, and a run may come from anywhere. Raises RunError or ConfigError in one sentence.
+    Ops that the run's config forced are not forced here: that is for `ops.use` to say.
     """
-    loaded = load_checkpoint(find_checkpoint(target, checkpoint), list(trust))
+    with ops.use(), keep_random_states():  # building a model draws
+        loaded = load_checkpoint(find_checkpoint(target, checkpoint), list(trust))
     return loaded.model, loaded.task, loaded.config
 
 

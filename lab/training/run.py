@@ -6,6 +6,8 @@
     job.json          status (running, done, failed, interrupted), the reason, the step
     metrics.jsonl     one row per log or validation step
     metrics.json      the latest evaluation
+    metrics.csv       the rows by step, with logger=csv
+    phases/           snapshots of the phases, attention/ of the attention maps (lab/training/monitoring.py)
     checkpoints/      last.ckpt to resume from, best.ckpt by validation; checkpoint.pt links to the best
     eval/             what lab-eval wrote
     exports/          what lab-export wrote
@@ -24,10 +26,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +40,17 @@ import yaml
 from lab.config import ConfigError, config_hash
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from lab.config import Composed
+    from lab.models import SequenceModel
 
 PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
 LOG, LOCK = "job.log", ".lock"
+OWN_FOLDERS = ("checkpoints", "eval", "exports", "phases", "attention")
 OWN_FILES = (
     LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    "metrics.csv", "phases/*.npz", "phases/.*.tmp", "attention/*.npz", "attention/.*.tmp",
     "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
     *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")), "exports/best.*", "exports/last.*",
 )  # fmt: skip
@@ -160,16 +168,18 @@ class Run:
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else that lies in the folder. RunError, and nothing removed, if it is not a run's."""
-        files = [file for file in self.path.rglob("*") if not file.is_dir()]
+        wandb = self.path / "wandb"  # a tree of W&B's own making
+        files = [file for file in self.path.rglob("*") if not file.is_dir() and wandb not in file.parents]
         ours = [file for file in files if any(file.relative_to(self.path).match(pattern) for pattern in OWN_FILES)]
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
         for file in ours:
             if file.name not in (LOCK, LOG):  # a lock on a file without a name locks nobody out; the log is being written
                 file.unlink()
-        for folder in (self.checkpoints, self.path / "eval", self.path / "exports"):
+        shutil.rmtree(wandb, ignore_errors=True)
+        for name in OWN_FOLDERS:
             with suppress(OSError):  # not there, or something of the user's is in it
-                folder.rmdir()
+                (self.path / name).rmdir()
 
     def _yaml(self, name: str, types: Mapping[str, type]) -> dict[str, Any]:
         file = self.path / name
@@ -182,6 +192,36 @@ class Run:
         if wrong := unlike(stored, types):
             raise RunError(f"{file} is not that of a run of lab: {wrong}")
         return stored
+
+    # ------------------------------------------------------------------ its results, for Python
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json, the latest evaluation: `run.metrics["metrics"]["exact_match"]`. RunError before the run is done."""
+        try:
+            return json.loads((self.path / "metrics.json").read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no metrics.json yet; it is {self.job().get('status', 'not begun')}") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / 'metrics.json'} is not valid JSON: {error}") from error
+
+    def history(self) -> DataFrame:
+        """metrics.jsonl as a table: a row for each step, its index; columns such as train/ce_loss and val/exact_match, NaN: not logged.
+
+        RunError before anything is logged.
+        """
+        from pandas import DataFrame
+
+        rows = by_step(read_rows(self.path / "metrics.jsonl"))
+        if not rows:
+            raise RunError(f"{self.path} has logged nothing yet; it is {self.job().get('status', 'not begun')}")
+        return DataFrame(list(rows.values()), index=list(rows)).rename_axis("step").astype(float)
+
+    def model(self, checkpoint: str = "best", trust: Sequence[str] = ()) -> SequenceModel:
+        """The trained model in eval mode on the CPU; the arguments are those of `lab.load`, which also gives its task and config."""
+        from lab.training.load import load
+
+        return load(self.path, checkpoint, trust)[0]
 
     # ------------------------------------------------------------------ the lock
 
@@ -210,8 +250,9 @@ class Run:
             # A forked loader worker would keep the lock for seconds after a kill -9 of its parent; closing its copy frees nothing here.
             os.register_at_fork(after_in_child=lock.close)
             self._writing = True
-            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a writer that was killed
-                leftover.unlink()
+            for folder in (self.path, *(self.path / name for name in OWN_FOLDERS)):
+                for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
+                    leftover.unlink()
             try:
                 yield True
             finally:
@@ -236,12 +277,16 @@ class Run:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Atomically: readers see the old file or the new one, and a crash leaves one of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -265,6 +310,25 @@ def unlike(stored: Any, types: Mapping[str, type]) -> str | None:
         if not isinstance(stored[key], wanted):
             return f"its {key} is a {type(stored[key]).__name__}, not a {wanted.__name__}"
     return None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, [] where there is none; a last line cut off by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def by_step(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The rows of each step as one, {step: {name: value}}, in the order of the steps."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update((name, value) for name, value in row.items() if name != "step")
+    return dict(sorted(merged.items()))
 
 
 def strict(value: Any) -> Any:
