@@ -10,8 +10,8 @@ from conftest import rows
 
 from lab.config import ConfigError
 from lab.training import Run, resume
+from lab.training.files import by_step
 from lab.training.loggers import CsvTable, JsonLines
-from lab.training.run import by_step
 
 
 def table(run):

@@ -15,7 +15,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lab.training.run import RunError, write_bytes
+from lab.training.files import write_bytes
+from lab.training.run import RunError
 
 
 def write_snapshot(run: str | Path, kind: str, step: int, **arrays: Any) -> None:

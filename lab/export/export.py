@@ -26,8 +26,10 @@ from lab.export.formats import FORMATS
 from lab.export.graphs import Exported, graphs
 from lab.export.verify import verify
 from lab.models import SequenceModel
+from lab.training.files import sync_folder, write_json
 from lab.training.load import check_config_file, find_checkpoint, load_checkpoint
-from lab.training.run import Run, now, sync_folder, write_json
+from lab.training.provenance import now
+from lab.training.run import Run
 
 
 def export_run(

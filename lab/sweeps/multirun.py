@@ -44,7 +44,9 @@ from lab.config.overrides import SHELL, parse, quote
 from lab.sweeps.job import Job
 from lab.sweeps.overview import Overview
 from lab.sweeps.pool import Pool
-from lab.training.run import RunError, now, write_json, write_text
+from lab.training.files import write_json, write_text
+from lab.training.provenance import now
+from lab.training.run import RunError
 
 OF_A_RUN = {"run_dir": "each job has a folder of its own, by its config", "resume": "the same sweep again resumes what is unfinished"}
 NOT_THE_SWEEPS = re.compile(r"hydra[./]launcher|fresh=")

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from lab.training.run import RunError, sync_folder, unlike
+from lab.training.files import sync_folder, unlike
+from lab.training.run import RunError
 
 CHECKPOINT = {"lab": dict, "state_dict": dict, "global_step": int}
 IDENTITY = {"config": dict, "choices": dict, "config_hash": str, "code_version": str, "git_commit": object}

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab import ops
 from lab.models import SequenceModel
-from lab.training.run import environment
+from lab.training.provenance import environment
 
 
 def metrics_document(

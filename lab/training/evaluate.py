@@ -14,8 +14,9 @@ from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
+from lab.training.files import write_json
 from lab.training.load import check_config_file, check_same_data, find_checkpoint, load_checkpoint
-from lab.training.run import Run, RunError, write_json
+from lab.training.run import Run, RunError
 
 OPTIONS = {"split": SPLITS, "checkpoint": ("best", "last")}  # of lab-eval itself, with their choices
 OVERRIDABLE = (

@@ -21,10 +21,12 @@ from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lab.training.document import metrics_document
 from lab.training.experiment import Experiment, build_node
+from lab.training.files import write_json
 from lab.training.load import check_same_data
 from lab.training.loggers import JsonLines
 from lab.training.module import LabModule
-from lab.training.run import Interrupted, Run, RunError, code_version, write_json
+from lab.training.provenance import code_version
+from lab.training.run import Interrupted, Run, RunError
 
 
 @contextmanager

@@ -20,17 +20,13 @@ One process writes a run: it holds a lock on the folder, which the kernel drops 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import math
 import os
-import platform
 import shlex
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +34,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lab.config import ConfigError, config_hash
+from lab.training.files import by_step, read_rows, unlike, write_json, write_text
+from lab.training.provenance import code_version, environment, git_state, now
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
     from lab.config import Composed
     from lab.models import SequenceModel
 
-PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
 LOG, LOCK = "job.log", ".lock"
 OWN_FOLDERS = ("checkpoints", "eval", "exports", "phases", "attention")
 OWN_FILES = (
@@ -273,86 +270,6 @@ class Run:
         return False
 
 
-# ---------------------------------------------------------------------- small things that a run stores
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically: readers see the old file or the new one, and a crash leaves one of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(strict(value), indent=1) + "\n")
-
-
-def unlike(stored: Any, types: Mapping[str, type]) -> str | None:
-    """What a file that was read lacks of what a run would have stored in it; None where it has these keys with values of these types."""
-    if not isinstance(stored, dict):
-        return f"it holds no keys and values but a {type(stored).__name__}"
-    for key, wanted in types.items():
-        if key not in stored:
-            return f"it lacks {key}"
-        if not isinstance(stored[key], wanted):
-            return f"its {key} is a {type(stored[key]).__name__}, not a {wanted.__name__}"
-    return None
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, [] where there is none; a last line cut off by a kill is left out."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def by_step(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The rows of each step as one, {step: {name: value}}, in the order of the steps."""
-    merged: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        merged.setdefault(row["step"], {}).update((name, value) for name, value in row.items() if name != "step")
-    return dict(sorted(merged.items()))
-
-
-def strict(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not have: null in their place."""
-    if isinstance(value, Mapping):
-        return {key: strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def sync_folder(path: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def job_path(composed: Composed) -> Path:
     """runs/<experiment>/<config_hash>, without an experiment runs/<model>_<task>/...: the same job of two sweeps is one run."""
     name = composed.choices["experiment"]
@@ -371,39 +288,3 @@ def new_run_path(composed: Composed) -> Path:
             return path
         path = path.with_name(f"{stamp}_{config_hash(composed.stored)}_{n}")
     raise ConfigError(f"{path.parent} has a thousand runs of this very second")
-
-
-def code_version() -> str:
-    """8 hex digits of the content of the package and its native sources: two runs that differ here ran different code."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    sources = [*package.rglob("*.py"), *(package.parent / "csrc").rglob("*.[ch]*")]
-    for file in sorted(sources):
-        digest.update(str(file.relative_to(package.parent)).encode() + file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def git_state() -> tuple[str | None, str, list[str]]:
-    """Commit, difference of the work tree to it, and untracked files of the current folder's repository; (None, "", []) outside of one."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], capture_output=True, text=True, errors="replace", timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None, "", []
-    untracked = git("ls-files", "--others", "--exclude-standard") or ""
-    return commit.strip(), (git("diff", "HEAD") or "")[:PATCH_LIMIT], untracked.splitlines()[:100]
-
-
-def environment() -> dict[str, str]:
-    """Versions and the machine, for hparams.yaml and metrics.json."""
-    from importlib import metadata
-
-    names = ("lab", "torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy")
-    versions = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **versions, "platform": platform.platform()}

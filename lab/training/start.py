@@ -11,7 +11,8 @@ from collections.abc import Callable
 from lab.config import Composed, ConfigError, check, check_late, first_difference, override
 from lab.config.errors import nearest
 from lab.training.experiment import Experiment, prepare
-from lab.training.run import Run, code_version, new_run_path
+from lab.training.provenance import code_version
+from lab.training.run import Run, new_run_path
 
 FOLDER_VARIABLE = "LAB_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
 RESUMABLE = (
