@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "option sign": (["--foo=3"], ["'--foo' is not a key"]),
     "open bracket": (["task.lengths=[1"], ["task.lengths", SHELL, "cannot read the value [1; a list is 'task.lengths=[1,2]'"]),
     "parenthesis": (["run_dir=a(b)"], ["cannot read the value a(b)"]),
-    "sweep": (["seed=1,2"], ["seed", SHELL, "1,2 is several values; a list is 'seed=[1,2]'"]),
+    "sweep": (["seed=1,2"], ["seed", SHELL, "1,2 is several values, which -m trains one by one; a list is 'seed=[1,2]'"]),
     "range": (["seed=range(1,3)"], ["is several values"]),
     "list item": (["task.lengths.7=1"], ["task.lengths.7", "there is no such place"]),
     "nothing to delete": (["~model.d_modle"], ["~model.d_modle", SHELL, "no such key to delete; did you mean d_model?"]),

@@ -27,9 +27,10 @@ def make(path, *, model="lot", seed=1, val=(0.5, 0.4), exact=None, status="done"
     folder = Path(path)
     folder.mkdir(parents=True)
     stored = {"seed": seed, "model": {"_target_": f"lab.{model}", "d_model": 8}, "task": {"seq_len": 16}, "run_dir": str(path)}
+    stored |= {"trainer": {"max_steps": 20}, "optimizer": {}}
     stored |= config or {}
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    hparams = {"choices": {"model": model, "task": "copy", "experiment": "none", **(choices or {})}, "code_version": code}
+    hparams = {"choices": {"model": model, "task": "copy", "experiment": "none", **(choices or {})}, "code_version": code, "git_commit": None}
     (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams))
     (folder / "job.json").write_text(json.dumps({"status": status, "reason": reason, "step": 20}))
     lines = [{"step": 1, "train/ce_loss": 9.0}, *({"step": 10 * (i + 1), "val/ce_loss": value} for i, value in enumerate(val))]
@@ -108,10 +109,10 @@ def test_another_code_version_is_marked():
         ("metrics.json", "{", "metrics.json is not valid JSON"),
         ("metrics.json", "[]", "metrics.json is not as lab writes it"),
         ("eval/test-best.json", '{"metrics": 3}', "not as lab writes it"),
-        ("job.json", "{}", "KeyError: 'status'"),
+        ("job.json", "{}", "job.json is not that of a run of lab: it lacks status"),
         ("job.json", "half", "job.json is not valid JSON"),
         ("hparams.yaml", "a: [", "hparams.yaml is not valid YAML"),
-        ("hparams.yaml", "3", "not as lab writes it"),
+        ("hparams.yaml", "3", "hparams.yaml is not that of a run of lab"),
         ("config.yaml", "\t", "config.yaml is not valid YAML"),
         ("metrics.jsonl", b"\xff\xfe", "can't decode"),
     ],
