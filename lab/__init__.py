@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lab.training.load import load
+    from lab.training.python import train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "train"]
+_HOME = {"load": "lab.training.load", "train": "lab.training.python"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "load":
+    if name not in _HOME:
         raise AttributeError(f"module 'lab' has no attribute {name!r}")
-    from lab.training.load import load
+    from importlib import import_module
 
-    return load
+    return getattr(import_module(_HOME[name]), name)

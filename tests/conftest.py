@@ -16,6 +16,7 @@ TINY = (
     "task.vocab_size=12", "task.seq_len=8", "task.n_train=70", "task.n_val=12", "task.n_test=10", "task.free_samples=4",
     "trainer.max_steps=12", "trainer.batch_size=8", "trainer.val_every=6", "trainer.checkpoint_every=5", "trainer.log_every=1",
     "trainer.accelerator=cpu", "optimizer.lr=1e-2", "~callbacks.progress",
+    "~callbacks.phases", "~callbacks.attention",
 )  # fmt: skip
 
 # killer.py of a test's own folder
@@ -40,6 +41,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data_folder(tmp_path_factory):
+    """Prepared corpora go here, not into the home of who runs the tests."""
+    os.environ["LAB_DATA"] = str(tmp_path_factory.mktemp("lab_data"))
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """tiny(*overrides) trains in process, in the folder `run` of an empty current folder, and returns the run."""
@@ -54,13 +61,30 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def breaker(tmp_path, monkeypatch):
+    """breaker(step): the words for a callback that raises an error at the start of that step, once."""
+    (tmp_path / "breaker.py").write_text(
+        "import pathlib\nimport pytorch_lightning as pl\n"
+        "class Breaker(pl.Callback):\n"
+        "    def __init__(self, step: int):\n"
+        "        self.step, self.mark = step, pathlib.Path('broken')\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        if trainer.global_step == self.step and not self.mark.exists():\n"
+        "            self.mark.touch()\n"
+        "            raise RuntimeError(f'broken at step {self.step}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda step: ("+callbacks.breaker._target_=breaker.Breaker", f"+callbacks.breaker.step={step}")
+
+
+@pytest.fixture
 def command(tmp_path):
     """command("lab-train", *words) runs a command in an empty folder, and gives what it did."""
 
     def call(name, *words, cwd=tmp_path, **kwargs):
         # pytest's own variables (warnings as errors) are not the user's
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
-        module = name.replace("lab-", "lab.cli.")
+        module = f"lab.cli.{name.removeprefix('lab-')}"
         return subprocess.run(
             [sys.executable, "-m", module, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs
         )

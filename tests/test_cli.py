@@ -15,14 +15,14 @@ from lab.cli import eval as lab_eval
 from lab.cli import train as lab_train
 from lab.config import Composed, ConfigError
 from lab.ops import backend
-from lab.training.run import Interrupted, RunError
+from lab.training.run import Busy, Interrupted, RunError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = "experiment=copy_reverse_small"
 SCORES = {"exact_match": 0.98765, "mean_sync_order": None}
 RESULT = {
     "model": "lot", "task": "copy_reverse", "split": "val", "checkpoint": "best", "step": 7, "metrics": SCORES,
-    "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
+    "references": {}, "data": {}, "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
 }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_help_is_ours_and_hydras_is_hydras(capsys):
         lab_train.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "examples:" in text and SMALL in text and "--hydra-help" in text and "hydra.run.dir" not in text
-    assert "copy_reverse, copy_reverse_small" in text and "--multirun" not in text
+    assert "copy_reverse, copy_reverse_small" in text and "lab-train -m" in text
     assert lab_train.main(["--hydra-help"]) == 0
     assert "--multirun" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -170,8 +170,7 @@ def test_help_is_ours_and_hydras_is_hydras(capsys):
         ([SMALL, "--cfg", "job", "-p", "model.dmodel"], "did you mean model.d_model?"),
         ([SMALL, "-p", "model"], "--package belongs to --cfg job"),
         ([SMALL, "--explain", "model.dmodel"], "did you mean model.d_model?"),
-        (["-m", SMALL, "seed=1,2"], "-m: there are no sweeps yet"),
-        ([SMALL, "seed=1,2"], "seed (command line): 1,2 is several values"),
+        ([SMALL, "seed=1,2"], "seed (command line): 1,2 is several values, which -m trains one by one"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["resume=runs/a", "--cfg", "job"], "resume=runs/a goes on by the config that the run stored; read it in runs/a/config.yaml"),
         (["+resume=runs/a/", "--explain", "seed"], "read it in runs/a/config.yaml"),
@@ -195,6 +194,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls, capsys, words, sentence):
         (Interrupted("stopped by SIGTERM at step 3", 15), 143, "lab-train: stopped by SIGTERM at step 3"),
         (Interrupted("stopped by SIGINT at step 3", 2), 130, "lab-train: stopped by SIGINT at step 3"),
         (KeyboardInterrupt(), 130, "lab-train: interrupted"),
+        (Busy("another process writes this run"), 75, "lab-train: another process writes this run"),
         (PermissionError(13, "Permission denied", "/no/entry"), 1, "lab-train: /no/entry: Permission denied"),
     ],
 )
@@ -274,7 +274,7 @@ print(json.dumps({"code": code, "modules": sorted({name.partition(".")[0] for na
 @pytest.mark.parametrize(
     ("words", "code", "absent"),
     [
-        (["--help"], 0, HEAVY),
+        (["--help"], 0, (*HEAVY, "hydra", "omegaconf")),
         ([SMALL, "--cfg", "job"], 0, HEAVY),
         ([SMALL, "--explain", "model"], 0, HEAVY),
         (["model=transfomer"], 2, HEAVY),

@@ -10,7 +10,6 @@ import pytest
 from config_tree import HOME, checked, message, write
 
 from lab.config import ConfigError, build, check, check_late, compose, config_hash, explain, files, first_difference, override, resolve
-from lab.config.layers import layers
 from lab.config.tree import leaves
 
 home, user = config_tree.home, config_tree.user  # fixtures
@@ -181,9 +180,10 @@ def test_values_of_the_environment_are_not_stored(user, monkeypatch):
     config, stored = composed.config, composed.stored
     assert (config["run_dir"], config["model"]["d_model"], config["task"]["data"]) == ("s3cret/runs", 64, ["a, b", None, "42"])
     assert "s3cret" not in json.dumps(stored)
-    assert stored["run_dir"] == stored["model"]["path"] == "${oc.env:LAB_SECRET}/runs"
+    assert stored["run_dir"] == "${oc.env:LAB_SECRET}/runs" and stored["model"]["path"] == "${run_dir}"  # as written
+    write(user, {"config.yaml": json.dumps(stored)})
     assert resolve(stored) == config
-    assert override(stored, ["seed=1"]) == stored | {"seed": 1}
+    assert override(stored, ["seed=1"], Path("config.yaml"), {}).stored == stored | {"seed": 1}
     monkeypatch.setenv("LAB_SECRET", "other")
     assert resolve(stored)["run_dir"] == "other/runs"
     monkeypatch.delenv("LAB_SECRET")
@@ -204,13 +204,14 @@ def test_the_resolvers_are_put_back(user, monkeypatch):
 
 def test_values_over_a_stored_config(user):
     stored = checked("experiment=small").stored
-    assert override(stored, ["trainer.max_steps=7", "~callbacks.progress"])["trainer"]["max_steps"] == 7
+    write(user, {"config.yaml": json.dumps(stored)})
+    assert override(stored, ["trainer.max_steps=7", "~callbacks.progress"], Path("config.yaml"), {}).config["trainer"]["max_steps"] == 7
     assert stored["trainer"]["max_steps"] == 100 and stored["callbacks"]
     for word in ("model=transformer", "experiment=small", "mixer@model.mixer=lattice"):
         with pytest.raises(ConfigError, match="a run keeps its own"):
-            override(stored, [word])
+            override(stored, [word], Path("config.yaml"), {})
     with pytest.raises(ConfigError, match="did you mean trainer.max_steps"):
-        override(stored, ["trainr.max_steps=7"])
+        override(stored, ["trainr.max_steps=7"], Path("config.yaml"), {})
 
 
 # ----------------------------------------------------------------------- where a value comes from
@@ -254,7 +255,7 @@ def test_explain_an_unknown_key(user):
 def test_the_layers_are_the_config(user, words):
     """The files and words that `explain` lists, merged, give every value of the config that Hydra composed."""
     values: dict = {}
-    for layer in layers(words):
+    for layer in compose(words).layers:
         for key, value in leaves(layer.tree) if layer.tree else ():
             values = {k: v for k, v in values.items() if k[: len(key)] != key}
             values[key] = value

@@ -15,7 +15,8 @@ from lab.config import ConfigError, compose
 from lab.training import Run, RunError, evaluate_run, train
 
 SCHEMA = (
-    "task model checkpoint split step params metrics by_length by_position config_hash code_version git_commit seed backends env"
+    "task model checkpoint split step params metrics references data by_length by_position config_hash code_version git_commit seed "
+    "backends env"
 ).split()
 
 
@@ -76,6 +77,9 @@ def test_validation_by_lab_eval_is_that_of_training(run):
         ("model=transformer", "model cannot change in lab-eval"),
         ("model.d_model=4", "model.d_model cannot change in lab-eval"),
         ("task.seed=1", "task.seed cannot change in lab-eval"),
+        ("spilt=val", r"^spilt cannot change in lab-eval; did you mean split\?$"),
+        ("task.eval_length=[1]", r"cannot change in lab-eval; did you mean task.eval_lengths\?$"),
+        ("trainer.batch_size=x", r"^trainer.batch_size \(command line\): expected an int, got 'x'"),
         ("split=tset", "split must be one of train, val, test, got 'tset'"),
         ("checkpoint=first", "checkpoint must be one of best, last, got 'first'"),
         ("ops.kuramoto_scan=fast", "kuramoto_scan has no backend fast"),
@@ -90,6 +94,14 @@ def test_what_was_trained_cannot_be_overridden(run, word, sentence):
 def test_a_backend_can_be_forced(run):
     result, _ = evaluate_run("run", ["ops.kuramoto_scan=reference"], [])
     assert result["backends"]["kuramoto_scan"] == "reference"
+
+
+def test_a_mistake_in_a_checkpoint_names_the_file(run, tmp_path):
+    state = torch.load(run.last, weights_only=True)
+    state["lab"]["config"]["model"]["mixer"]["n_heads"] = 3
+    torch.save(state, tmp_path / "odd.ckpt")
+    with pytest.raises(ConfigError, match=r"^model.mixer.n_heads \(odd.ckpt\): Attention: d_model=16 must be a multiple of n_heads=3"):
+        lab.load("odd.ckpt")
 
 
 def test_a_config_file_must_not_contradict_the_run(run, tmp_path):

@@ -61,6 +61,14 @@ def test_stop_token(model):
     assert alone.shape == (1, 7)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([6, 1, 3, 5])], ids=["equal", "ragged"])
+def test_only_the_logits_that_are_needed_are_computed(model, lengths):
+    computed = []
+    model.head.register_forward_hook(lambda head, args, out: computed.append(out.shape))
+    model.generate(prompt(), 3, lengths=lengths)
+    assert computed == [(4, 1, V)] * 3
+
+
 def test_steps_write_into_one_cache(model):
     addresses = set()
     model.blocks[0].register_forward_hook(lambda block, args, out: addresses.add(out.state["k"].data_ptr()))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import KILLER, TINY, rows, tensors
 
 from lab.config import ConfigError, compose
@@ -122,6 +123,8 @@ def test_starting_over_removes_what_the_run_wrote_and_nothing_else(tiny):
 
 def test_resume_changes_nothing_but_hardware_and_length(tiny):
     tiny("trainer.max_steps=2")
+    with pytest.raises(ConfigError, match="^trainer.max_stpes cannot change when a run is resumed; did you mean trainer.max_steps\\?$"):
+        resume("run", ["trainer.max_stpes=5"], trust=[])
     for word in ("optimizer.lr=1", "model=lot", "experiment=none", "task.seed=3", "seed=1"):
         with pytest.raises(Exception, match=f"^{word.partition('=')[0]} cannot change when a run is resumed.*trainer.max_steps"):
             resume("run", [word], trust=[])
@@ -155,6 +158,50 @@ def test_a_run_folder_says_what_it_is(tmp_path):
         resume(str(tmp_path), [], [])
 
 
+FOREIGN = {
+    "other keys": ("config.yaml", "model: {}\nlr: 3", "config.yaml is not that of a run of lab: it lacks task$"),
+    "other types": ("config.yaml", "{model: gpt, task: {}, trainer: {}, optimizer: {}}", "its model is a str, not a dict$"),
+    "no mapping": ("config.yaml", "- 1", "config.yaml is not that of a run of lab: it holds no keys and values but a list$"),
+    "empty": ("config.yaml", "", "it holds no keys and values but a NoneType$"),
+    "no yaml": ("config.yaml", "a: [1\nb: 2", "config.yaml is not valid YAML: .*line 2"),
+    "no text": ("config.yaml", b"\xff\xfe", "config.yaml is not valid YAML"),
+    "other hparams": ("hparams.yaml", "lr: 3", "hparams.yaml is not that of a run of lab: it lacks choices$"),
+    "hparams of another type": ("hparams.yaml", "{choices: [1], code_version: a}", "its choices is a list, not a dict$"),
+    "other job": ("job.json", "[]", "job.json is not that of a run of lab: it holds no keys and values but a list$"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_another_program_wrote(tmp_path, name):
+    file, content, sentence = FOREIGN[name]
+    files = {
+        "config.yaml": yaml.safe_dump(compose([*TINY, "model=lot"]).stored),
+        "hparams.yaml": "{choices: {model: lot, task: copy_reverse}, code_version: a, git_commit: null}",
+        "job.json": '{"status": "done", "step": 12}',
+    }
+    for path, text in (files | {file: content}).items():
+        (tmp_path / path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RunError, match=sentence) as error:
+        resume(str(tmp_path), [], [])
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_stored_config_says_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = compose([*TINY, "model=lot"]).stored
+    stored["model"]["mixer"]["n_heads"] = 3
+    run = Run("run")
+    run.path.mkdir()
+    (run.path / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    (run.path / "hparams.yaml").write_text("{choices: {model: lot, task: copy_reverse}, code_version: a, git_commit: null}")
+    with pytest.raises(
+        ConfigError, match=r"^model.mixer.n_heads \(run/config.yaml:14\): Attention: d_model=16 must be a multiple of n_heads=3"
+    ):
+        resume("run", [], [])
+    with pytest.raises(ConfigError, match=r"^trainer.num_workers \(command line\): expected an int, got 'x'"):
+        resume("run", ["trainer.num_workers=x"], [])
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(killer, command):
     """The limit on the size of a file stands for the disk: the small files fit, a checkpoint does not."""
 
@@ -180,7 +227,7 @@ def test_a_crash_while_writing_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", cut)
     with pytest.raises(OSError, match="No space left"):
         AtomicCheckpointIO().save_checkpoint({"lab": {}, "x": torch.zeros(3)}, path)
-    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.equal(torch.load(path)["x"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize(
@@ -202,16 +249,29 @@ def test_a_checkpoint_is_read_without_executing_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
+    identity = {"config": {}, "choices": {}, "config_hash": "0", "code_version": "0", "git_commit": None}
+    whole = {"lab": identity, "state_dict": {}, "global_step": 0}
     torch.save({"lab": {}, "x": Evil()}, tmp_path / "evil.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save({**whole, "lab": [1]}, tmp_path / "entry.ckpt")
+    torch.save({**whole, "lab": {**identity, "config": "x"}}, tmp_path / "config.ckpt")
+    torch.save({"lab": identity, "state_dict": {}}, tmp_path / "step.ckpt")
+    for key in identity:
+        torch.save({**whole, "lab": {name: value for name, value in identity.items() if name != key}}, tmp_path / f"no_{key}.ckpt")
     (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Evil()))
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    whole = (tmp_path / "evil.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    written = (tmp_path / "evil.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(written[: len(written) // 2])
     for name, sentence in {
         "evil": "holds more than tensors and plain values",
         "pickle": "not a checkpoint, or only the beginning of one",
         "cut": "not a checkpoint, or only the beginning of one",
-        "foreign": "not a checkpoint of lab",
+        "foreign": "foreign.ckpt is not a checkpoint of lab: it lacks lab$",
+        "list": "not a checkpoint of lab: it holds no keys and values but a list$",
+        "entry": "not a checkpoint of lab: its lab is a list, not a dict$",
+        "config": "not a checkpoint of lab: its config is a str, not a dict$",
+        "step": "not a checkpoint of lab: it lacks global_step$",
+        **{f"no_{key}": f"not a checkpoint of lab: it lacks {key}$" for key in identity},
         "missing": "there is no such checkpoint",
     }.items():
         with pytest.raises(RunError, match=sentence):

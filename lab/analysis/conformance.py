@@ -139,7 +139,8 @@ def check_batch_independence(model: SequenceModel, tokens: Tensor) -> None:
 
 
 def check_padding(model: SequenceModel, tokens: Tensor) -> None:
-    """With `lengths`, what stands in the padding changes neither logits at real positions, nor losses, nor the state."""
+    """With `lengths`, what stands in the padding changes neither logits at real positions, nor losses, nor the state; "last" is the last
+    real token, with and without."""
     B, L = tokens.shape
     lengths = torch.arange(B, device=tokens.device) * max(1, L // B) % L + 1  # ragged, one row of length 1
     real = torch.arange(L, device=tokens.device) < lengths[:, None]
@@ -148,6 +149,9 @@ def check_padding(model: SequenceModel, tokens: Tensor) -> None:
         garbage = torch.where(real, tokens, another(tokens, padded.y))
         changed = model(garbage, lengths=lengths, want=("state", "losses"))
         same(changed.y[real], padded.y[real], "padding changes the logits of real tokens")
+        last = model(garbage, lengths=lengths, want=("last",)).y
+        same(last, padded.y[torch.arange(B), lengths - 1][:, None], "the logits of the last real tokens")
+        same(model(tokens, want=("last",)).y, model(tokens)[:, -1:], "the logits of the last tokens")
         rows = [model(tokens[b : b + 1, :n], want=("state", "losses")) for b, n in enumerate(lengths.tolist())]
         for name, loss in padded.losses.items():
             identical(changed.losses[name], loss, f"padding changes the loss {name}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,28 @@ from lab.models import SequenceModel
 from lab.tasks import Batch, Task
 from lab.tasks.base import IGNORE
 
+SCORES = {
+    "token_accuracy": "scored tokens that are right",
+    "exact_match": "rows with every scored token right",
+    "bits_per_byte": "ce_loss / ln 2, where a token is a byte",
+}
+"""What `Task.metrics` may name, beside ce_loss, which every task has."""
+
 
 class TokenScores(Metric):
-    """ce_loss (nats per scored token), token_accuracy, exact_match (rows with every scored token right), and accuracy by position.
+    """ce_loss (nats per scored token), those of SCORES that are asked for, and accuracy by position.
 
     Teacher-forced: logits (B, L, V) against targets (B, L), -100 where nothing is scored.
     """
 
     full_state_update = False
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, names: Sequence[str] = Task.metrics) -> None:
         super().__init__()
+        unknown = sorted(set(names) - set(SCORES))
+        if unknown:
+            raise ValueError(f"the metrics of a task can be {', '.join(SCORES)}; got {', '.join(unknown)}")
+        self.names = tuple(names)
         zero = torch.zeros((), dtype=torch.float64)
         for name in ("ce", "rows", "exact"):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
@@ -46,12 +58,14 @@ class TokenScores(Metric):
         self.scored[:length] += scored.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        return {
-            "ce_loss": self.ce / self.scored.sum(),
+        ce_loss = self.ce / self.scored.sum()
+        scores = {
             "token_accuracy": self.correct.sum() / self.scored.sum(),
             "exact_match": self.exact / self.rows,
-            "by_position": self.correct / self.scored,  # (L,), NaN where nothing was scored
+            "bits_per_byte": ce_loss / math.log(2),
         }
+        by_position = self.correct / self.scored  # (L,), NaN where nothing was scored
+        return {"ce_loss": ce_loss} | {name: scores[name] for name in self.names} | {"by_position": by_position}
 
 
 class Evaluation(nn.Module):
@@ -62,7 +76,7 @@ class Evaluation(nn.Module):
 
     def __init__(self, task: Task, model: SequenceModel, free_samples: int, scale: int = 1) -> None:
         super().__init__()
-        self.tokens = TokenScores(task.seq_len * scale)
+        self.tokens = TokenScores(task.seq_len * scale, task.metrics)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
         self.free = MeanMetric()
         self.prompt_len = None if task.prompt_len is None else (task.prompt_len - 1) * scale + 1

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import NoReturn
 
 USAGE = 2  # the exit code of a mistake in the command or its config; 1 is a failed run, 128 + n a signal
@@ -18,9 +17,11 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with the nearest option."""
 
     def error(self, message: str) -> NoReturn:
+        from lab.config.errors import nearest
+
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].partition("=")[0]
-        near = get_close_matches(unknown, [option for action in self._actions for option in action.option_strings], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(unknown, (option for action in self._actions for option in action.option_strings))
+        hint = f"; did you mean {near}?" if near else ""
         print(f"{self.prog}: {message}{hint} ({self.prog} --help shows the usage)", file=sys.stderr)
         raise SystemExit(USAGE)
 
@@ -51,17 +52,15 @@ def starting(command: str) -> Iterator[None]:
 def _run(command: str, body: Callable[[], None]) -> int:
     with starting(command):
         from lab.config import ConfigError
-        from lab.training.run import Interrupted, RunError
+        from lab.training.run import RunError
 
     try:
         body()
         sys.stdout.flush()
     except ConfigError as error:
         return _say(command, error, USAGE)
-    except Interrupted as error:
-        return _say(command, error, error.exit_code)
     except RunError as error:
-        return _say(command, error, 1)
+        return _say(command, error, error.exit_code)
     except BrokenPipeError:  # `lab-train --cfg job | head`: nobody reads on, and that is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -74,11 +74,17 @@ def _print_table(result: dict[str, Any], file: Path) -> None:
     for name in result["metrics"]:
         values = [scores[name] if isinstance(scores, dict) else None for scores in lengths.values()]
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    for i, (name, value) in enumerate(result["references"].items()):
+        if not i:
+            table.add_section()
+        table.add_row(f"{name} (no model)", *[f"{value:.4f}"] * len(lengths))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     for length, scores in lengths.items():
         if isinstance(scores, str):
             console.print(f"length {length}: {scores}")
+    if result["data"]:
+        console.print("data: " + ", ".join(f"{name} {value}" for name, value in result["data"].items()), soft_wrap=True, highlight=False)
     console.print(f"written to {file}", soft_wrap=True)
     run = Run(file.parent.parent)
     status = run.job().get("status") if run.exists() else None

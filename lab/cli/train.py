@@ -21,6 +21,9 @@ examples:
   lab-train ... run_dir=PATH                                  names the folder; the same command again resumes what it holds
   lab-train resume=RUN trainer.max_steps=4000                 goes on by the config that the run stored
 
+  lab-train -m experiment=copy_reverse_small model=lot,transformer seed=1,2,3 hydra.launcher.n_jobs=2
+                                                              a sweep, two jobs at a time; the same command again does what is left
+
 seeing before believing:
   lab-train experiment=copy_reverse_small --cfg job           the config that this would train with
   lab-train experiment=copy_reverse_small --explain model.d_model
@@ -42,7 +45,7 @@ def _parser() -> Parser:
     parser.add_argument("--package", "-p", metavar="KEY", help="with --cfg: only this node")
     parser.add_argument("--explain", metavar="KEY", help="print each file and word that sets this key, and exit")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="with resume=: a module that the run may call")
-    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep: a job for each combination of the values given")
     parser.add_argument("--hydra-help", action="store_true", help="Hydra's own help: its grammar, its flags")
     return parser
 
@@ -66,7 +69,8 @@ def _main(arguments: argparse.Namespace) -> None:
         _hydra_help()
         return
     if arguments.multirun:
-        raise ConfigError("-m: there are no sweeps yet; run lab-train once for each value")
+        _sweep(words, arguments)
+        return
     if arguments.package and not arguments.cfg:
         raise ConfigError("--package belongs to --cfg job")
     resumed = [word for word in arguments.overrides if word.lstrip("+").startswith("resume=")]
@@ -95,6 +99,20 @@ def _main(arguments: argparse.Namespace) -> None:
         from lab.training import train
 
     train(composed)
+
+
+def _sweep(words: list[str], arguments: argparse.Namespace) -> None:
+    from lab.config import ConfigError
+
+    single = {"--cfg job": arguments.cfg, "--explain": arguments.explain, "--package": arguments.package}
+    for option in (option for option, value in single.items() if value):
+        raise ConfigError(f"{option} shows one config: leave out -m, and give each key one value")
+    if arguments.trust:
+        raise ConfigError("--trust belongs to resume=RUN; a config that you give here may call anything")
+    with starting("lab-train"):
+        from lab.sweeps import sweep
+
+    sweep(words)
 
 
 def _print_config(words: list[str], package: str | None) -> None:

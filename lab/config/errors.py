@@ -1,9 +1,9 @@
-"""The one exception of the configuration, and the words that its sentences share."""
+"""The exceptions of the configuration, and the words that its sentences share. Imports neither torch nor Hydra."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lab.config.tree import Key, dotted
 
@@ -12,18 +12,27 @@ class ConfigError(Exception):
     """A mistake in the configuration: one sentence with the key, where it was set, and what would be right."""
 
 
-class MistakeError(Exception):
-    """A mistake at a place in a config, before anyone looked up where it was set. Becomes a ConfigError.
+class MistakeError(ConfigError):
+    """A mistake at a place in a config, told without where it was set: `Composed.saying_where` adds that.
 
-    `culprit` is the place whose origin is told, where that is another one: for a missing key, the node that misses it.
+    culprit: the place whose origin is told, where that is not `key`: for a missing key, the node that misses it.
+    suspects: the places that could be meant, where nobody knows which; the one that was set last is told.
     """
 
-    def __init__(self, key: Key, problem: str, culprit: Key | None = None) -> None:
-        super().__init__(f"{dotted(key)}: {problem}")
-        self.key, self.problem, self.culprit = key, problem, culprit or key
+    def __init__(self, key: Key, problem: str, culprit: Key | None = None, suspects: Sequence[Key] = ()) -> None:
+        self.key, self.problem, self.culprit, self.suspects = key, problem, culprit or key, suspects
+        super().__init__(_sentence(key, "", problem))
 
-    def at(self, origin: str | None) -> ConfigError:
-        return ConfigError(f"{dotted(self.key)} ({origin}): {self.problem}" if origin else str(self))
+    def at(self, key: Key, origin: str) -> ConfigError:
+        return ConfigError(_sentence(key, f" ({origin})", self.problem))
+
+
+def _sentence(key: Key, where: str, problem: str) -> str:
+    """key (where): problem; a problem that begins with the key says it once."""
+    name = dotted(key)
+    if problem.startswith(f"{name} ") or (not where and problem.startswith(f"{name}.")):
+        return name + where + problem.removeprefix(name)
+    return f"{name}{where}: {problem}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

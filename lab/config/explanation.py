@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.config.composition import compose
 from lab.config.errors import ConfigError, hint
-from lab.config.layers import Layer, layers
+from lab.config.layers import Layer
 from lab.config.tree import Key, dotted, leaves, lookup, places
 
 
@@ -21,19 +21,19 @@ def explain(key: str, overrides: list[str]) -> str:
 
     For a node, a line for each value in it, with the layer that it comes from. ConfigError for a key that nothing sets.
     """
-    config = compose(overrides).config
+    composed = compose(overrides)
+    config, layers = composed.config, composed.layers
     path = tuple(key.split("."))
     found = lookup(config, path)
     if found is None:
         raise ConfigError(f"{key}: nothing sets such a key{hint(key, (dotted(place) for place, _ in places(config)))}")
-    made_of = layers(overrides)
     if isinstance(found[0], dict) and found[0]:
-        return _table([(f"{dotted(place)} = {_text(value)}", _setters(made_of, place)[-1][1]) for place, value in leaves(found[0], path)])
-    return f"{key} = {_text(found[0])}\n" + _table([(f"  {_text(value)}", where) for value, where in _setters(made_of, path)])
+        return _table([(f"{dotted(place)} = {_text(value)}", _setters(layers, place)[-1][1]) for place, value in leaves(found[0], path)])
+    return f"{key} = {_text(found[0])}\n" + _table([(f"  {_text(value)}", where) for value, where in _setters(layers, path)])
 
 
-def _setters(made_of: list[Layer], key: Key) -> list[tuple[Any, str]]:
-    return [(found[0], layer.where(key)) for layer in made_of if (found := lookup(layer.tree, key)) is not None]
+def _setters(layers: list[Layer], key: Key) -> list[tuple[Any, str]]:
+    return [(found[0], layer.where(key)) for layer in layers if (found := lookup(layer.tree, key)) is not None]
 
 
 def _text(value: Any) -> str:

@@ -8,17 +8,17 @@ Installed from a wheel, both folders sit inside the package; in a checkout, besi
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from itertools import dropwhile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lab.config.errors import ConfigError, hint
+from lab.config.tree import Key
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 Options: TypeAlias = dict[str, dict[str, list[Path]]]
 """group -> option -> the files of that name, lab's own first."""
@@ -73,17 +73,7 @@ def option_file(found: Options, group: str, option: str, where: str, key: str | 
     for other in others:
         if other.read_bytes() != first.read_bytes():
             raise ConfigError(f"{asked}: {show(other)} has the name of lab's own {show(first)}; rename yours")
-    if group != "experiment":  # those are merged at the root whatever they say
-        _expect_package_first(first)
     return first
-
-
-def _expect_package_first(file: Path) -> None:
-    """ConfigError where `# @package` stands below anything but blank lines and other `# @` lines: Hydra does not read it there."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    body = dropwhile(lambda line: not line.strip() or re.match(r"\s*#\s*@", line), lines)
-    if any(re.match(r"\s*#\s*@package\b", line) for line in body):
-        raise ConfigError(f"{show(file)}: `# @package ...` must be the first line")
 
 
 def experiment_name(file: Path) -> str:
@@ -96,9 +86,12 @@ def experiment_name(file: Path) -> str:
 
 def load(file: Path) -> DictConfig:
     """One YAML file, unresolved; ConfigError with the file, and the line where YAML has one."""
+    from omegaconf import DictConfig, OmegaConf  # lab-train --help lists the options and reads none of them
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         text = file.read_text(encoding="utf-8")
-        top = parse(text)
+        top = _parse(text)
         if top is not None and not isinstance(top, yaml.MappingNode):
             raise ConfigError(f"{show(file)}: expected lines of the form `key: value`, got {type(top).__name__[:-4].lower()} content")
         config = OmegaConf.load(file)
@@ -118,7 +111,23 @@ def load(file: Path) -> DictConfig:
     return config
 
 
-def parse(text: str) -> yaml.Node | None:
+def lines(file: Path) -> dict[Key, int]:
+    """The line of each key and item; names are texts: ("task", "lengths", "0")."""
+    return dict(_lines(_parse(file.read_text(encoding="utf-8")), ()))
+
+
+def _lines(node: yaml.Node | None, at: Key) -> Iterator[tuple[Key, int]]:
+    inner: Iterable[tuple[str, yaml.Node, yaml.Node]] = ()
+    if isinstance(node, yaml.MappingNode):
+        inner = ((str(name.value), name, value) for name, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        inner = ((str(index), value, value) for index, value in enumerate(node.value))
+    for name, mark, value in inner:
+        yield (*at, name), mark.start_mark.line + 1
+        yield from _lines(value, (*at, name))
+
+
+def _parse(text: str) -> yaml.Node | None:
     """The nodes of a YAML text, each with its line; by the C parser where yaml has it."""
     node: yaml.Node | None = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return node

@@ -11,27 +11,29 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
-    "logger", "callbacks.progress", "run_dir", "resume", "fresh",
+    "trainer.log_layer_grad_norms", "logger", "callbacks.progress", "callbacks.phases", "callbacks.attention", "task.path", "run_dir",
+    "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
 
 
 def config_hash(stored: Mapping[str, Any]) -> str:
     """8 hex digits that name the experiment. The order of keys does not matter, and 1.0 is 1."""
-    values = {key: _canonical(value) for key, value in _relevant(stored).items()}
+    values = {key: _canonical(value) for key, value in relevant(stored).items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """'optimizer.lr: 0.001 here, 0.0003 in the run', or None for the same experiment."""
-    a, b = _relevant(ours), _relevant(theirs)
+    a, b = relevant(ours), relevant(theirs)
     for key in [*a, *(key for key in b if key not in a)]:
         if key not in a or key not in b or _canonical(a[key]) != _canonical(b[key]):
             return f"{key}: {_text(a, key)} here, {_text(b, key)} in the run"
     return None
 
 
-def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that make the experiment, by dotted key."""
     values = {dotted(path): value for path, value in leaves(dict(config))}
     ours = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)}
     return {key: value for key, value in ours.items() if value != {}}  # callbacks without progress is callbacks without any

@@ -1,17 +1,19 @@
-"""The layers that a config is made of: each file and each word of the command line, in the order in which they are merged."""
+"""The layers of a config: the chosen files and the words of the command line, in the order in which they are merged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from lab.config import files
-from lab.config.choices import chosen_files
-from lab.config.overrides import SHELL, Request, read, set_value
+from lab.config.defaults import choose
+from lab.config.errors import MistakeError
+from lab.config.overrides import SHELL, Request, set_value
 from lab.config.tree import Key, lookup
 
 DELETED = "(deleted)"
@@ -27,62 +29,57 @@ class Layer(NamedTuple):
         return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
 
 
-def layers(overrides: list[str]) -> list[Layer]:
-    """Lowest first. Merged in this order they give the config that `compose` resolves."""
-    request = read(overrides)
-    return _files(request) + _words(request)
+def of_files(request: Request) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of the chosen files, lowest first; and group -> option. Raises ConfigError."""
+    chosen, choices = choose(request)
+    return [_of_file(*one) for one in chosen], choices
 
 
-def origin(overrides: list[str], key: Key) -> str:
-    """Where the value at `key` comes from: the last layer that sets it, or else the one that sets the node around it."""
-    request = read(overrides)
-    made_of = _words(request)
-    if not any(lookup(layer.tree, key) for layer in made_of):  # a word wins over the files, which take a while to find
-        made_of = _files(request) + made_of
-    while key:
-        for layer in reversed(made_of):
-            if lookup(layer.tree, key):
-                return layer.where(key)
-        key = key[:-1]
-    return SHELL
-
-
-def _files(request: Request) -> list[Layer]:
-    return [_of_file(file, package) for file, package in chosen_files(request)]
-
-
-def _words(request: Request) -> list[Layer]:
-    return [_of_override(override) for override in request.values]
-
-
-def _of_file(file: Path, package: str) -> Layer:
-    tree: Any = OmegaConf.to_container(files.load(file), resolve=False)
-    tree.pop("defaults", None)
-    names = [name for name in package.split(".") if name and name != "_global_"]
-    for name in reversed(names):
+def _of_file(file: Path, package: tuple[str, ...], config: Any) -> Layer:
+    """What a file sets, at the package that it is merged at."""
+    tree = _plain(config)
+    for name in reversed(package):
         tree = {name: tree}
-    top = files.parse(file.read_text(encoding="utf-8"))
-    return Layer(files.show(file), tree, dict(_lines(top, tuple(names))))
+    return Layer(files.show(file), tree, {(*package, *key): line for key, line in files.lines(file).items()})
 
 
-def _lines(node: yaml.Node | None, at: Key) -> list[tuple[Key, int]]:
-    found: list[tuple[Key, int]] = []
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            key = (*at, str(name.value))
-            found += [(key, name.start_mark.line + 1), *_lines(value, key)]
-    if isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            key = (*at, str(index))
-            found += [(key, value.start_mark.line + 1), *_lines(value, key)]
-    return found
-
-
-def _of_override(override: Override) -> Layer:
+def of_word(override: Override) -> Layer:
     config = OmegaConf.create()
     if override.is_delete():
         OmegaConf.update(config, override.key_or_group, DELETED, force_add=True)
     else:
         set_value(config, override)
+    return Layer(SHELL, _plain(config), {})
+
+
+def of_stored(file: Path, config: dict[str, Any]) -> Layer:
+    """Of the config that a run stored in `file`: its config.yaml, or a checkpoint, which has no lines."""
+    return Layer(files.show(file), config, files.lines(file) if file.suffix == ".yaml" else {})
+
+
+def origin(layers: list[Layer], key: Key) -> str:
+    """Where the value at `key` comes from: the last layer that sets it, or else the one that sets the node around it."""
+    while key and (number := _last(layers, key)) < 0:
+        key = key[:-1]
+    return layers[number].where(key) if key else SHELL
+
+
+def _last(layers: list[Layer], key: Key) -> int:
+    """The number of the last layer that sets `key`; -1 for none."""
+    return max((number for number, layer in enumerate(layers) if lookup(layer.tree, key)), default=-1)
+
+
+@contextmanager
+def saying_where(layers: list[Layer]) -> Iterator[None]:
+    """A MistakeError about the config of these layers, raised within this block, says where the mistake was made."""
+    try:
+        yield
+    except MistakeError as mistake:
+        key = max(mistake.suspects, key=lambda key: _last(layers, key), default=mistake.key)
+        culprit = key if mistake.suspects else mistake.culprit
+        raise mistake.at(key, origin(layers, culprit)) from mistake.__cause__
+
+
+def _plain(config: Any) -> dict[str, Any]:
     tree: Any = OmegaConf.to_container(config, resolve=False)
-    return Layer(SHELL, tree, {})
+    return tree

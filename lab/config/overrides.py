@@ -73,8 +73,9 @@ def _choice(override: Override, options: files.Options) -> tuple[str, str]:
     return key, option
 
 
-def parse(text: str) -> Override:
-    """One override; ConfigError where the grammar cannot read it, and for what only a sweep or Hydra's own main could use."""
+def parse(text: str, sweep: bool = False) -> Override:
+    """One override; ConfigError where the grammar cannot read it, for what only Hydra's own main could use, and, but for a sweep, for
+    several values."""
     key, equals, value = text.partition("=")
     if not equals and not key.startswith("~"):
         file = f"; a file is given by --config {text}" if text.endswith((".yaml", ".yml")) else ", such as optimizer.lr=1e-3"
@@ -86,8 +87,8 @@ def parse(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         raise ConfigError(f"{key} ({SHELL}): cannot read the value {value}; {how}") from None
-    if override.is_sweep_override():
-        raise ConfigError(f"{key} ({SHELL}): {value} is several values; {how}")
+    if override.is_sweep_override() and not sweep:
+        raise ConfigError(f"{key} ({SHELL}): {value} is several values, which -m trains one by one; {how}")
     if re.match(r"hydra\b", override.key_or_group):
         raise ConfigError(f"{key} ({SHELL}): Hydra's own settings have no effect here; run_dir=PATH names the folder of a run")
     return override

@@ -13,8 +13,8 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from lab.config.composition import resolve
 from lab.config.errors import ConfigError, hint
+from lab.config.interpolation import resolve
 from lab.config.tree import dotted, places
 
 HOMES = ("lab.models", "lab.mixers", "lab.layers", "lab.tasks", "lab.training")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 Key: TypeAlias = tuple[Any, ...]
@@ -43,15 +43,6 @@ def leaves(tree: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
             yield from leaves(value, (*key, name))
     else:
         yield key, tree
-
-
-def map_texts(function: Callable[[str], str], tree: Any) -> Any:
-    """The same tree with every text in it, keys excepted, passed through `function`."""
-    if isinstance(tree, dict):
-        return {name: map_texts(function, value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [map_texts(function, value) for value in tree]
-    return function(tree) if isinstance(tree, str) else tree
 
 
 def misplaced(key: Key, tree: Any) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 from lab.config.annotations import advice, alternatives, argument_types, expected, is_subclass, kind, shown, split
 from lab.config.composition import Composed
 from lab.config.errors import ConfigError, MistakeError, hint, nearest
-from lab.config.layers import origin
 from lab.config.targets import locate, refuse_untrusted
 from lab.config.tree import Key, dotted, lookup, misplaced
 
@@ -44,21 +44,22 @@ def check_late(config: Config, root: Root = ROOT, trust: list[str] | None = None
 
 
 def _check(config: Config, root: Root, trust: list[str] | None, late: bool) -> None:
-    tree = config.config if isinstance(config, Composed) else config
+    tree, saying_where = (config.config, config.saying_where()) if isinstance(config, Composed) else (config, nullcontext())
     if trust is not None:
         refuse_untrusted(tree, trust)
-    try:
-        _check_root(tree, root, late)
-    except MistakeError as mistake:
-        if isinstance(mistake, UnknownNameError):
-            mistake.problem += mistake.meant(tree)
-        if not isinstance(config, Composed):
-            raise mistake.at(None) from None
-        value = lookup(tree, mistake.key)
-        for choice in config.choices:
-            if value and isinstance(value[0], str) and choice.rpartition("@")[2] == dotted(mistake.key):
-                mistake.problem += f"; an option is chosen by {choice}={value[0]}, in a file by `override /{choice}: {value[0]}`"
-        raise mistake.at(origin(config.overrides, mistake.culprit)) from None
+    with saying_where:
+        try:
+            _check_root(tree, root, late)
+        except UnknownNameError as mistake:
+            raise MistakeError(mistake.key, mistake.problem + mistake.meant(tree), mistake.culprit) from None
+        except MistakeError as mistake:
+            if not isinstance(config, Composed):
+                raise
+            value = lookup(tree, mistake.key)
+            for choice in config.choices:
+                if value and isinstance(value[0], str) and choice.rpartition("@")[2] == dotted(mistake.key):
+                    mistake.problem += f"; an option is chosen by {choice}={value[0]}, in a file by `override /{choice}: {value[0]}`"
+            raise
 
 
 class UnknownNameError(MistakeError):

@@ -2,6 +2,7 @@
 
 B = batch, L = length of this chunk, S = slots of the cache, H = heads, d = D / H. Source: arXiv:1706.03762, section 3.2.
 State: k (B, S, H, d), v (B, S, H, d), length (B,) tokens seen by each row; slots from `length` on are ignored.
+Record: attention (B, H, L, S), the weights in float32 without their dropout, computed only where they are asked for.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Attention(Mixer):
         return q * self.d_head**-0.5, k, v
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
-        y, state = cached_attention(*self.heads(x), state, lengths, want, self.dropout if self.training else 0.0)
-        return Output(self.o(y.flatten(-2)), state)
+        y, state, record = cached_attention(*self.heads(x), state, lengths, want, self.dropout if self.training else 0.0)
+        return Output(self.o(y.flatten(-2)), state, record=record)
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         return empty_cache(batch_size, self.n_heads, self.d_head, self.d_head, self.q.weight, device, dtype)
@@ -49,17 +50,19 @@ class Attention(Mixer):
 
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...], dropout: float
-) -> tuple[Tensor, dict[str, Tensor] | None]:
+) -> tuple[Tensor, dict[str, Tensor] | None, dict[str, Tensor]]:
     """Causal attention of a chunk to itself and to what `state` holds.
 
-    q (B, L, H, e) already scaled, k (B, L, H, e), v (B, L, H, d) with e >= d -> y (B, L, H, d) and the new cache where `want` asks for it.
+    q (B, L, H, e) already scaled, k (B, L, H, e), v (B, L, H, d) with e >= d -> y (B, L, H, d), and where `want` asks for them the new
+    cache and the record.
     """
     if state is None:
         y = attend(q, k, v, None, dropout)  # right padding lies in the future of every real token: no mask needed
+        record = {"attention": attention_weights(q, k, None)} if "record" in want else {}
         if "state" not in want:
-            return y, None
+            return y, None, record
         length = torch.full((k.shape[0],), k.shape[1], device=k.device) if lengths is None else lengths.to(k.device, torch.long)
-        return y, {"k": k, "v": v, "length": length}
+        return y, {"k": k, "v": v, "length": length}, record
 
     length = state["length"]
     slot = length[:, None] + torch.arange(k.shape[1], device=k.device)  # (B, L): rows may have different lengths
@@ -68,9 +71,10 @@ def cached_attention(
     values = write(state["v"], v, slot, in_place)
     visible = torch.arange(keys.shape[1], device=k.device) <= slot[..., None]  # (B, L, S)
     y = attend(q, keys, values, visible[:, None], dropout)[..., : v.shape[-1]]
+    record = {"attention": attention_weights(q, keys, visible[:, None])} if "record" in want else {}
     if "state" not in want:
-        return y, None
-    return y, {"k": keys, "v": values, "length": length + (k.shape[1] if lengths is None else lengths)}
+        return y, None, record
+    return y, {"k": keys, "v": values, "length": length + (k.shape[1] if lengths is None else lengths)}, record
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -80,6 +84,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=1.0)
     return y.transpose(1, 2)[..., :d]
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """What `attend` weighs v with, as a matrix: q (B, L, H, e), k (B, S, H, e), mask as there -> (B, H, L, S) in float32, rows sum to 1."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("blhe,bshe->bhls", q.float(), k.float())
+    if mask is None:
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
 
 def widen(x: Tensor, d: int) -> Tensor:

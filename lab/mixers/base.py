@@ -16,7 +16,7 @@ from torch import Tensor, nn
 State: TypeAlias = Any
 """A pytree (dicts, lists, tuples) of tensors, each with the batch first: it can be reordered, sliced and saved."""
 
-WANT = ("state", "losses", "record", "in_place")
+WANT = ("state", "losses", "record", "in_place", "last")
 
 
 class Output(NamedTuple):

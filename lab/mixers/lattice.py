@@ -13,6 +13,7 @@ phase_mode says how it enters the scores:
 State: the cache of attention, k (B, S, H, d + 2) (gain: d), v (B, S, H, d), length (B,); wave adds theta (B, H), after the drive of the
 last real token. Losses, unweighted: sync = mean of 1 - r over real tokens, r = |mean_h exp(i theta_h)|;
 diversity = exp(-Var_h(omega) / sigma0^2), sigma0^2 the variance of the uniform law omega starts from.
+Record: theta (B, L, H), sync_order r (B, L), omega (H,), kappa (H,), and the attention weights (B, H, L, S), phases included.
 """
 
 from __future__ import annotations
@@ -92,14 +93,13 @@ class Lattice(Attention):
         theta, last = self.phases(x, state, lengths)
         q, k, v = self.heads(x)
         q, k = self.imprint(q, k, theta)
-        y, cache = cached_attention(q, k, v, state, lengths, want, self.dropout if self.training else 0.0)
+        y, cache, record = cached_attention(q, k, v, state, lengths, want, self.dropout if self.training else 0.0)
         if cache is not None and self.phase_mode == "wave":
             cache["theta"] = last.expand(x.shape[0], -1)
         losses = self.losses(theta, lengths, x.shape[1]) if "losses" in want else {}
-        record = {}
         if "record" in want:
             theta = theta.expand(x.shape[0], x.shape[1], -1)
-            record = {"theta": theta, "sync_order": order_parameter(theta)}
+            record |= {"theta": theta, "sync_order": order_parameter(theta), "omega": self.omega, "kappa": self.kappa}
         return Output(self.o(y.flatten(-2)), cache, losses, record)
 
     def phases(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

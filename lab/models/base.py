@@ -35,10 +35,11 @@ class SequenceModel(nn.Module, ABC):
         source: Tensor | None = None,
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
-        """tokens (B, L) -> logits (B, L, V), or an `Output` with what `want` names ("state", "losses", "record", "in_place").
+        """tokens (B, L) -> logits (B, L, V), or an `Output` with what `want` names ("state", "losses", "record", "in_place", "last").
 
         lengths (B,): real tokens of each right-padded row; padding changes nothing at real positions, and the state stands after the
-        last real token. losses are unweighted means over layers and real tokens. source: for encoder-decoder models only.
+        last real token. losses are unweighted means over layers and real tokens. "last": logits of each row's last real token alone,
+        (B, 1, V): a long prompt over a large vocabulary needs no others. source: for encoder-decoder models only.
         """
 
     @abstractmethod
@@ -179,9 +180,8 @@ class SequenceModel(nn.Module, ABC):
     ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
-        logits, state = self.prefill(prompt, lengths=lengths)
-        last = logits[:, -1] if lengths is None else logits[torch.arange(len(prompt), device=prompt.device), lengths - 1]
-        state = self.reserve(state, max_new_tokens - 1)
+        out = self(prompt, lengths=lengths, want=("state", "last"))
+        last, state = out.y[:, 0], self.reserve(out.state, max_new_tokens - 1)
         stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for n in range(max_new_tokens):
             token = choose(last, temperature, top_k, top_p, generator)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lab.layers import MLP, Embedding
 from lab.mixers.base import Mixer, Output, State, check_want
 from lab.models.base import SequenceModel
+from lab.ops import recording
 
 
 class Block(nn.Module):
@@ -90,6 +91,8 @@ class Stack(SequenceModel):
                 out = block(x, before, lengths=lengths, want=want)
             x = out.y if want else out
             outputs.append(out)
+        if "last" in want:
+            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
         logits = self.head(self.norm(x))
         return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
 
@@ -100,10 +103,10 @@ class Stack(SequenceModel):
             return x
         length = tokens.shape[1]
         if state is None:
-            if not torch.compiler.is_compiling():
+            if not recording():
                 self.check_length(length, "the sequence")
             return x + self.position.weight[:length]
-        if not checked and not torch.compiler.is_compiling():  # generate has checked: reading a position back each step would stall a GPU
+        if not checked and not recording():  # generate has checked: reading a position back each step would stall a GPU
             end = state["position"] + (length if lengths is None else lengths)
             self.check_length(int(end.max()), "the state with the new tokens")
         offset = torch.arange(length, device=tokens.device)

@@ -23,6 +23,12 @@ _used: dict[str, str | None] = {}  # op -> backend of its last call; a missing k
 _ops: dict[str, Op] = {}
 
 
+def recording() -> bool:
+    """Whether a graph is recorded rather than numbers computed: by torch.compile, torch.export or TorchScript's tracer. It must not
+    depend on values, such as those that a check reads."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def always(*args: Any) -> str | None:
     return None
 

@@ -7,11 +7,13 @@ natural frequency omega. Nonlinear in theta, hence sequential in t. Source: Kura
 
 Backends
     native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp).
-    torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a `scan` of free length.
+    torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a loop of free length.
     reference  the formula in a plain loop.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ def kuramoto_scan(
     """
     B, H = drive.shape[0], drive.shape[-1]
     got = [tuple(t.shape) for t in (theta0, omega, kappa, W)]
-    if drive.ndim != 3 or got[0] not in ((H,), (B, H)) or got[1:] != [(H,), (H,), (H, H)]:
+    start = (H,) if theta0.ndim == 1 else (B, H)  # comparing with both would compare B to H, and an exported graph would refuse B = H
+    if drive.ndim != 3 or got != [start, (H,), (H,), (H, H)]:
         raise ValueError(
             "kuramoto_scan: expected drive (B, L, H) and theta0 (B, H) or (H,), omega (H,), kappa (H,), W (H, H); "
             f"got {tuple(drive.shape)} and {', '.join(map(str, got))}"
@@ -66,7 +69,7 @@ def reference(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Te
 
 
 def torch_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return exported(theta0, drive, omega, kappa, W, dt)
     return forward_op(theta0, drive, omega, kappa, W, dt, "torch")
 
@@ -77,17 +80,32 @@ def native_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, 
 
 def exported(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
     """The same in operators that an exported file can hold: a loop whose length is an input. Export under torch.no_grad()."""
+    theta0, add = theta0.contiguous(), (dt * (drive + omega)).transpose(0, 1)  # add (L, B, H)
+    pull = (dt * kappa[:, None] * W).T.contiguous()
+    if torch.jit.is_tracing():
+        return scripted_loop()(theta0, add, pull).transpose(0, 1)
     from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
-    free = dt * (drive + omega)
-    pull = (dt * kappa[:, None] * W).T.contiguous()
-
-    def step(theta: Tensor, add: Tensor) -> tuple[Tensor, Tensor]:
-        sin, cos = theta.sin(), theta.cos()
-        return torch.remainder(theta + add + cos * (sin @ pull) - sin * (cos @ pull), TWO_PI), theta.clone()
-
-    last, theta = scan(step, theta0.contiguous(), free.transpose(0, 1))
+    last, theta = scan(lambda theta, a: (euler_step(theta, a, pull), theta.clone()), theta0, add)
     return torch.cat([theta.transpose(0, 1), last[:, None]], 1)
+
+
+def euler_step(theta: Tensor, add: Tensor, pull: Tensor) -> Tensor:
+    sin, cos = theta.sin(), theta.cos()
+    return torch.remainder(theta + add + cos * (sin @ pull) - sin * (cos @ pull), 2 * math.pi)
+
+
+def loop(theta: Tensor, add: Tensor, pull: Tensor) -> Tensor:
+    phases = [theta]
+    for t in range(add.shape[0]):
+        phases.append(euler_step(phases[t], add[t], pull))
+    return torch.stack(phases)
+
+
+@cache
+def scripted_loop() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """TorchScript's tracer would unroll a Python loop; a scripted one it keeps. Compiled here at the first such export."""
+    return torch.jit.script(loop)
 
 
 # The opaque operator. Both loops run over time-major buffers and write into them, and sum_j W_ij sin(theta_j - theta_i) is taken as

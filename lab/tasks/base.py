@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class Split(ABC):
     @abstractmethod
     def batch(self, indices: Indices) -> Batch: ...
 
+    def facts(self) -> Mapping[str, Any]:
+        """What metrics.json should say about how this split is scored, as {"context": 256, "stride": 128}."""
+        return {}
+
 
 class Task(ABC):
     """The base of all tasks. `vocab_size` and `seq_len` (the longest training input) are what a model is built for."""
@@ -47,10 +51,33 @@ class Task(ABC):
     prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
     free_samples: int = 0  # rows that validation decodes freely; lab-eval decodes all
     eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports
+    metrics: Sequence[str] = ("token_accuracy", "exact_match")  # of lab.analysis.metrics.SCORES, those that mean something here
+    text: bool = False  # whether tokens stand for text, which encode and decode translate
 
     @abstractmethod
     def split(self, name: str, scale: int = 1) -> Split:
         """The split `train`, `val` or `test`; `scale` gives inputs of scale * seq_len, where the task can make them."""
+
+    def validation(self) -> Split:
+        """What validation during training scores: the split `val`, or a part of it where all of it would take too long."""
+        return self.split("val")
+
+    def facts(self) -> Mapping[str, Any]:
+        """What identifies the data, where the config does not: stored in checkpoints and metrics.json. Another "sha256" than that of
+        training is an error in lab-eval and on resume."""
+        return {}
+
+    def references(self, split: str) -> Mapping[str, float]:
+        """Scores on a whole split that need no model, by name, in units of `metrics[0]`."""
+        return {}
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; only where `text` is true."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what they do not spell out, such as a part of a character, becomes U+FFFD."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """One line about the data, printed before training."""

@@ -10,13 +10,17 @@ from typing import Any
 
 _HOME = {
     "AdamW": "optimizer",
+    "Attention": "monitoring",
+    "Csv": "loggers",
     "Experiment": "experiment",
     "Interrupted": "run",
+    "Phases": "monitoring",
     "Progress": "callbacks",
     "Run": "run",
     "RunError": "run",
     "Settings": "settings",
     "TensorBoard": "loggers",
+    "Wandb": "loggers",
     "evaluate_run": "evaluate",
     "load": "load",
     "resume": "start",

@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from lab.training.run import RunError, sync_folder
+from lab.training.files import sync_folder, unlike
+from lab.training.run import RunError
+
+CHECKPOINT = {"lab": dict, "state_dict": dict, "global_step": int}
+IDENTITY = {"config": dict, "choices": dict, "config_hash": str, "code_version": str, "git_commit": object}
+"""What is read of a checkpoint, and of its entry "lab"."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -54,8 +61,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{path} holds more than tensors and plain values, and is not loaded: {str(error).splitlines()[0]}") from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "lab" not in checkpoint:
-        raise RunError(f"{path} is not a checkpoint of lab: it lacks the entry 'lab' with the config of its run")
+    wrong = unlike(checkpoint, CHECKPOINT) or unlike(checkpoint["lab"], IDENTITY)
+    if wrong:
+        raise RunError(f"{path} is not a checkpoint of lab: {wrong}")
     return checkpoint
 
 
@@ -84,3 +92,13 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextmanager
+def keep_random_states() -> Iterator[None]:
+    """What is drawn inside does not count."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(states)

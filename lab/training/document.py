@@ -7,14 +7,15 @@ from typing import Any
 
 from lab import ops
 from lab.models import SequenceModel
-from lab.training.run import environment
+from lab.training.provenance import environment
 
 
 def metrics_document(
     model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int, seed: int, metrics: Mapping[str, float],
-    by_position: list[float | None], by_length: Mapping[str, Any] | None = None,
+    by_position: list[float | None], references: Mapping[str, float], data: Mapping[str, Any], by_length: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """metrics.json: one schema for every task."""
+    """references: scores of the whole split that need no model, in units of the task's first metric. data: what identifies the data, and
+    how much of the split was scored in which way."""
     return {
         "task": identity["choices"]["task"],
         "model": identity["choices"]["model"],
@@ -23,6 +24,8 @@ def metrics_document(
         "step": step,
         "params": sum(p.numel() for p in model.parameters()),
         "metrics": dict(metrics),
+        "references": dict(references),
+        "data": dict(data),
         "by_length": dict(by_length or {}),
         "by_position": by_position,
         "config_hash": identity["config_hash"],

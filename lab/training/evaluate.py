@@ -8,16 +8,21 @@ from typing import Any
 import torch
 
 from lab import ops
-from lab.config import ConfigError, compose, first_difference
+from lab.config import ConfigError
+from lab.config.errors import nearest
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
-from lab.training.load import find_checkpoint, load_checkpoint
-from lab.training.run import Run, RunError, write_json
+from lab.training.files import write_json
+from lab.training.load import check_config_file, check_same_data, find_checkpoint, load_checkpoint
+from lab.training.run import Run, RunError
 
-OWN = {"split": SPLITS, "checkpoint": ("best", "last")}  # options of lab-eval itself, with their choices
-ALLOWED = ("task.eval_lengths", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers", *(f"ops.{op}" for op in ops.ops()))
+OPTIONS = {"split": SPLITS, "checkpoint": ("best", "last")}  # of lab-eval itself, with their choices
+OVERRIDABLE = (
+    "task.eval_lengths", "task.eval_stride", "task.path", "trainer.batch_size", "trainer.accelerator", "trainer.num_workers",
+    *(f"ops.{op}" for op in ops.ops()),
+)  # fmt: skip
 
 
 def evaluate_run(target: str, overrides: list[str], trust: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -25,17 +30,16 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
 
     In a run that is eval/<split>-<checkpoint>.json, and metrics.json as well; a checkpoint that lies elsewhere gets a file beside it.
 
-    overrides: split (default test), checkpoint (best), and the keys of ALLOWED. config_file: a config that must not contradict the
+    overrides: split (default test), checkpoint (best), and the keys of OVERRIDABLE. config_file: a config that must not contradict the
     run's own. Raises RunError or ConfigError.
     """
     own, of_the_run = _sort(overrides)
     path = find_checkpoint(target, own.get("checkpoint"))
     loaded = load_checkpoint(path, trust, of_the_run)
     if config_file is not None:
-        difference = first_difference(compose([f"--config={config_file}"]).stored, loaded.identity["config"])
-        if difference:
-            raise ConfigError(f"--config {config_file} contradicts the run: {difference}; lab-eval uses the run's own config")
+        check_config_file(config_file, loaded.identity, "lab-eval")
     trainer, task = loaded.config["trainer"], loaded.task
+    check_same_data(path, loaded.identity, task)
     model = loaded.model.to(_device(trainer["accelerator"]))
 
     def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
@@ -59,6 +63,8 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         metrics=metrics,
         by_position=by_position,
         by_length=by_length,
+        references=task.references(own["split"]),
+        data={**task.facts(), **task.split(own["split"]).facts()},
     )
     file = path.with_name(f"{path.stem}.{own['split']}.json")
     run = Run(path.parent.parent)
@@ -90,14 +96,16 @@ def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     of_the_run = []
     for word in overrides:
         key, _, value = word.partition("=")
-        if key in OWN:
-            if value not in OWN[key]:
-                raise ConfigError(f"{key} must be one of {', '.join(OWN[key])}, got {value!r}")
+        if key in OPTIONS:
+            if value not in OPTIONS[key]:
+                raise ConfigError(f"{key} must be one of {', '.join(OPTIONS[key])}, got {value!r}")
             own[key] = value
-        elif key in ALLOWED:
+        elif key in OVERRIDABLE:
             of_the_run.append(word)
         else:
-            raise ConfigError(f"{key} cannot change in lab-eval, the run's own config decides; allowed are {', '.join((*OWN, *ALLOWED))}")
+            near = nearest(key, (*OPTIONS, *OVERRIDABLE))
+            allowed = f"the run's own config decides; allowed are {', '.join((*OPTIONS, *OVERRIDABLE))}"
+            raise ConfigError(f"{key} cannot change in lab-eval" + (f"; did you mean {near}?" if near else f", {allowed}"))
     return own, of_the_run
 
 

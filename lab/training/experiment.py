@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lab import ops
-from lab.config import ConfigError, build
+from lab.config import ConfigError, MistakeError, build
+from lab.config.tree import Key, dotted, places
 from lab.models import SequenceModel, initialise
 from lab.tasks import Task
 from lab.tasks.loader import steps_per_epoch
@@ -50,26 +52,34 @@ class Experiment:
         return steps_per_epoch(len(self.task.split("train")), self.trainer.batch_size, self.trainer.accumulate)
 
 
-def prepare(config: Mapping[str, Any], trust: list[str] | None = None) -> Experiment:
+def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train: bool = True) -> Experiment:
     """Builds what a config describes, the callbacks and the logger excepted; the weights are those of its seed, the ops as it forces them.
 
     trust: None allows any `_target_` (a config that the user typed), a list only those of lab and these prefixes.
-    ConfigError names the node whose values do not fit together.
+    to_train: False for a model that is loaded, which needs no training data. ConfigError names the node whose values do not fit together.
     """
     built = {name: build_node(name, config[name], trust) for name in ("task", "trainer", "optimizer", "model")}
     try:
         experiment = Experiment(**{**config, **built})
-        _ = experiment.weights, experiment.max_steps
+        _ = experiment.weights, experiment.max_steps if to_train else None
         ops.force(experiment.ops)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise _mistake(error, dict(config), ()) from error
     initialise(experiment.model, experiment.seed)
     return experiment
 
 
 def build_node(name: str, node: Any, trust: list[str] | None) -> Any:
+    """The object of a node; MistakeError for what its constructor, or one inside of it, refuses."""
     try:
         return build(node, trust)
     except (ValueError, TypeError, OSError) as error:
-        sentence = str(error)
-        raise ConfigError(sentence if sentence.startswith(f"{name}.") else f"{name}: {sentence}") from error
+        raise _mistake(error, node, tuple(name.split("."))) from error
+
+
+def _mistake(error: Exception, node: Any, at: Key) -> ConfigError:
+    """An exception as a mistake in one of the values that its sentence names (at the root in full), or else in the node."""
+    words = re.findall(r"\w+" if at else r"[\w.]+", str(error))
+    values = [key for key, value in places(node, at) if not isinstance(value, dict)]
+    named = [key for key in values if (str(key[-1]) if at else dotted(key)) in words]
+    return MistakeError(at or named[0], str(error), suspects=named) if at or named else ConfigError(str(error))

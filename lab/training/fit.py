@@ -12,21 +12,41 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
-from lab.config import ConfigError, config_hash
+from lab.config import ConfigError, MistakeError, config_hash
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lab.training.document import metrics_document
 from lab.training.experiment import Experiment, build_node
+from lab.training.files import write_json
+from lab.training.load import check_same_data
 from lab.training.loggers import JsonLines
 from lab.training.module import LabModule
-from lab.training.run import Interrupted, Run, RunError, code_version, write_json
+from lab.training.provenance import code_version
+from lab.training.run import Interrupted, Run, RunError
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's advice and adverts are not news of the run. Afterwards the log levels and warning filters are the caller's again."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.13
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@_quiet()
 def fit(
     run: Run,
     experiment: Experiment,
@@ -40,20 +60,24 @@ def fit(
     stored: the config with its environment variables unresolved, as it goes into each checkpoint. begin: what the first process does
     to the folder, after everything that can be wrong with the config has been found. extra_callbacks: from Python.
     """
-    _quiet()
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
     try:
         callbacks = [*_callbacks(experiment, trust), *extra_callbacks, checkpoints]
+        logger = build_node("logger", experiment.logger, trust) if experiment.logger else None
         trainer = _trainer(run, experiment, callbacks)
         loaders = _loaders(experiment, trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0].removeprefix('trainer.')}") from error
+        raise MistakeError(("trainer",), str(error).splitlines()[0]) from error
     if trainer.is_global_zero:
         begin()
-    first_step = read_checkpoint(run.last)["global_step"] if run.last.exists() else 0
+    first_step = 0
+    if run.last.exists():
+        checkpoint = read_checkpoint(run.last)
+        check_same_data(run.last, checkpoint["lab"], experiment.task)
+        first_step = checkpoint["global_step"]
     if first_step > experiment.max_steps:
         raise ConfigError(f"{run.path} is at step {first_step}: trainer.max_steps cannot be {experiment.max_steps}")
-    trainer.loggers = _loggers(run, experiment, trust, first_step)
+    trainer.loggers = [JsonLines(run.path, first_step), *([logger.build(run.path, first_step)] if logger else [])]
     module = _module(run, experiment, stored)
     if trainer.is_global_zero:
         _say_what_starts(run, experiment, first_step)
@@ -67,6 +91,7 @@ def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabM
     hparams = run.hparams()
     identity = {name: hparams[name] for name in ("choices", "git_commit")}
     identity |= {"config": dict(stored), "config_hash": config_hash(stored), "code_version": code_version()}
+    identity["data"] = dict(experiment.task.facts())
     settings, model = experiment.trainer, experiment.model
     model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
@@ -82,24 +107,17 @@ def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callb
     for name, node in (experiment.callbacks or {}).items():
         callback = build_node(f"callbacks.{name}", node, trust)
         if not isinstance(callback, pl.Callback):
-            raise ConfigError(f"callbacks.{name} must be a pytorch_lightning.Callback, got a {type(callback).__name__}")
+            raise MistakeError(("callbacks", name), f"expected a pytorch_lightning.Callback, got a {type(callback).__name__}")
         callbacks.append(callback)
     if experiment.trainer.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=experiment.trainer.ema))
     return callbacks
 
 
-def _loggers(run: Run, experiment: Experiment, trust: list[str] | None, first_step: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonLines(run.path, first_step)]
-    if experiment.logger:
-        loggers.append(build_node("logger", experiment.logger, trust).build(run.path, first_step))
-    return loggers
-
-
 def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback]) -> pl.Trainer:
     settings = experiment.trainer
     if settings.precision == "16-mixed" and not torch.cuda.is_available():
-        raise ConfigError("trainer.precision=16-mixed needs a GPU; bf16-mixed works on the CPU")
+        raise MistakeError(("trainer", "precision"), "16-mixed needs a GPU; bf16-mixed works on the CPU")
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     trainer = pl.Trainer(
         max_steps=experiment.max_steps,
@@ -134,7 +152,7 @@ def _loaders(experiment: Experiment, trainer: pl.Trainer) -> tuple[TrainLoader, 
         "pin_memory": trainer.strategy.root_device.type == "cuda",
     }  # fmt: skip
     train = TrainLoader(task.split("train"), settings.batch_size, settings.accumulate, experiment.max_steps, experiment.seed, **place)
-    return train, EvalLoader(task.split("val"), settings.batch_size, **place)
+    return train, EvalLoader(task.validation(), settings.batch_size, **place)
 
 
 @contextmanager
@@ -166,10 +184,11 @@ def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:
-    best = checkpoints.best
+    best, task = checkpoints.best, experiment.task
     document = metrics_document(
         module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
-        metrics=best["metrics"], by_position=best["by_position"],
+        metrics=best["metrics"], by_position=best["by_position"], references=task.references("val"),
+        data={**task.facts(), **task.validation().facts()},
     )  # fmt: skip
     write_json(run.path / "metrics.json", document)
     print(f"done: {run.path}  (best by validation: step {best['step']}, ce_loss {best['metrics']['ce_loss']:.4g})")
@@ -181,11 +200,3 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     print(f"task:  {experiment.task.describe()}")
     print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
-
-
-def _quiet() -> None:
-    """Lightning's advice and adverts are not news of the run."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.13

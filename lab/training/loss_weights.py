@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lab.config import ConfigError
+from lab.config import MistakeError
 from lab.config.errors import hint
 
 Schedule = Literal["off", "ramp", "plateau"]
@@ -34,23 +34,26 @@ def parse_loss_weights(node: Mapping[str, Any], loss_names: tuple[str, ...], mod
     """The node loss_weights against the losses that the model declares; a loss without a weight gets 0 and is logged all the same."""
     weights = {name: LossWeight(0.0) for name in loss_names}
     for name, value in node.items():
+        at = ("loss_weights", name)
         if name not in loss_names:
             advice = hint(name, loss_names, "it has") if loss_names else "; it has none"
-            raise ConfigError(f"loss_weights.{name}: {model} has no auxiliary loss {name}{advice}")
+            raise MistakeError(at, f"{model} has no auxiliary loss {name}{advice}")
         parts = value if isinstance(value, Mapping) else {"value": value}
+        fields = LossWeight.__dataclass_fields__
         for key in parts:
-            if key not in LossWeight.__dataclass_fields__:
-                raise ConfigError(f"loss_weights.{name}.{key}: unknown; a weight is a number or {{value, schedule, ramp_steps}}")
+            if key not in fields:
+                raise MistakeError((*at, key), f"there is no such key{hint(key, fields)}")
         if "value" not in parts:
-            raise ConfigError(f"loss_weights.{name}.value is missing")
+            raise MistakeError(at, "it has no value; a weight is a number or {value, schedule, ramp_steps}")
         for key in ("value", "ramp_steps"):
             number = parts.get(key, 0)
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ConfigError(f"loss_weights.{name}.{key} must be a number, got {number!r}")
+                raise MistakeError((*at, key) if parts is value else at, f"expected a number, got {number!r}")
         weight = LossWeight(**parts)
         if weight.schedule not in get_args(Schedule):
-            raise ConfigError(f"loss_weights.{name}.schedule must be one of {', '.join(get_args(Schedule))}, got {weight.schedule!r}")
+            raise MistakeError((*at, "schedule"), f"expected {', '.join(get_args(Schedule))}, got {weight.schedule!r}")
         if weight.schedule != "off" and weight.ramp_steps < 1:
-            raise ConfigError(f"loss_weights.{name}.ramp_steps must be at least 1 with schedule {weight.schedule}, got {weight.ramp_steps}")
+            problem = f"it must be at least 1 with schedule {weight.schedule}, got {weight.ramp_steps}"
+            raise MistakeError((*at, "ramp_steps"), problem)
         weights[name] = weight
     return weights

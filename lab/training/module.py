@@ -98,7 +98,7 @@ class LabModule(pl.LightningModule):
             if weight:
                 total = total + weight * value
         parts = {"loss": total.detach(), "ce_loss": ce.detach()} | {name: value.detach() for name, value in losses.items()}
-        if self._logging:
+        if self._logging and "exact_match" in self.task.metrics:
             right = (out.y.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
             parts["exact_match"] = right.all(1).float().mean() / n_micro
         return total, parts
@@ -182,6 +182,8 @@ class LabModule(pl.LightningModule):
         """Once every log_every steps, from tensors that are there anyway: `self.log` in each would cost more than a small model's step."""
         values = self._of_all_ranks(torch.stack(list(sums.values()))).mean(0)
         sums = dict(zip(sums, values, strict=True))
+        if "bits_per_byte" in self.task.metrics:
+            sums["bits_per_byte"] = sums["ce_loss"] / math.log(2)
         metrics = {f"train/{name}": float(value) for name, value in sums.items()}
         derived = self.model.derived_metrics({name: sums[name] for name in self.weights})
         metrics |= {f"train/{name}": float(value) for name, value in derived.items()}

@@ -6,8 +6,12 @@
     job.json          status (running, done, failed, interrupted), the reason, the step
     metrics.jsonl     one row per log or validation step
     metrics.json      the latest evaluation
+    metrics.csv       the rows by step, with logger=csv
+    phases/           snapshots of the phases, attention/ of the attention maps (lab/training/monitoring.py)
     checkpoints/      last.ckpt to resume from, best.ckpt by validation; checkpoint.pt links to the best
     eval/             what lab-eval wrote
+    exports/          what lab-export wrote
+    job.log           of a sweep's job: what its commands printed
 
 One process writes a run: it holds a lock on the folder, which the kernel drops when the process dies. A job that says
 `running` without a held lock was therefore killed, and reads as interrupted.
@@ -16,35 +20,49 @@ One process writes a run: it holds a lock on the folder, which the kernel drops 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import math
 import os
-import platform
 import shlex
+import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lab.config import Composed, ConfigError, config_hash
+from lab.config import ConfigError, config_hash
+from lab.training.files import by_step, read_rows, unlike, write_json, write_text
+from lab.training.provenance import code_version, environment, git_state, now
 
-PATCH_LIMIT = 10_000_000  # characters of git_diff.patch
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from lab.config import Composed
+    from lab.models import SequenceModel
+
+LOG, LOCK = "job.log", ".lock"
+OWN_FOLDERS = ("checkpoints", "eval", "exports", "phases", "attention")
 OWN_FILES = (
-    ".lock", ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
+    "metrics.csv", "phases/*.npz", "phases/.*.tmp", "attention/*.npz", "attention/.*.tmp",
     "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
-    *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")),
+    *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")), "exports/best.*", "exports/last.*",
 )  # fmt: skip
 
 
 class RunError(Exception):
     """Something is wrong with a run: one sentence for the user."""
+
+    exit_code = 1
+
+
+class Busy(RunError):
+    """Another process writes the run; the exit code is that of `try again later` (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
 
 
 class Interrupted(RunError):
@@ -87,10 +105,10 @@ class Run:
     # ------------------------------------------------------------------ what is stored
 
     def config(self) -> dict[str, Any]:
-        return self._yaml("config.yaml")
+        return self._yaml("config.yaml", {"model": dict, "task": dict, "trainer": dict, "optimizer": dict})
 
     def hparams(self) -> dict[str, Any]:
-        return self._yaml("hparams.yaml")
+        return self._yaml("hparams.yaml", {"choices": dict, "code_version": str, "git_commit": object})
 
     def job(self) -> dict[str, Any]:
         """job.json, its status corrected by the lock: {} if the run has not begun."""
@@ -100,6 +118,8 @@ class Run:
             return {}
         except ValueError as error:
             raise RunError(f"{self.path / 'job.json'} is not valid JSON: {error}") from error
+        if wrong := unlike(job, {"status": str}):
+            raise RunError(f"{self.path / 'job.json'} is not that of a run of lab: {wrong}")
         if job["status"] == "running" and not self.locked():
             job |= {"status": "interrupted", "reason": "the process ended without a word (killed, or the machine stopped)"}
         return job
@@ -145,23 +165,60 @@ class Run:
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else that lies in the folder. RunError, and nothing removed, if it is not a run's."""
-        files = [file for file in self.path.rglob("*") if not file.is_dir()]
+        wandb = self.path / "wandb"  # a tree of W&B's own making
+        files = [file for file in self.path.rglob("*") if not file.is_dir() and wandb not in file.parents]
         ours = [file for file in files if any(file.relative_to(self.path).match(pattern) for pattern in OWN_FILES)]
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
         for file in ours:
-            file.unlink()
-        for folder in (self.checkpoints, self.path / "eval"):
+            if file.name not in (LOCK, LOG):  # a lock on a file without a name locks nobody out; the log is being written
+                file.unlink()
+        shutil.rmtree(wandb, ignore_errors=True)
+        for name in OWN_FOLDERS:
             with suppress(OSError):  # not there, or something of the user's is in it
-                folder.rmdir()
+                (self.path / name).rmdir()
 
-    def _yaml(self, name: str) -> dict[str, Any]:
+    def _yaml(self, name: str, types: Mapping[str, type]) -> dict[str, Any]:
+        file = self.path / name
         try:
-            return yaml.safe_load((self.path / name).read_text())
+            stored = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunError(f"{self.path / name} is missing: the run folder is not complete") from None
-        except yaml.YAMLError as error:
-            raise RunError(f"{self.path / name} is not valid YAML: {error}") from error
+            raise RunError(f"{file} is missing: the run folder is not complete") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if wrong := unlike(stored, types):
+            raise RunError(f"{file} is not that of a run of lab: {wrong}")
+        return stored
+
+    # ------------------------------------------------------------------ its results, for Python
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json, the latest evaluation: `run.metrics["metrics"]["exact_match"]`. RunError before the run is done."""
+        try:
+            return json.loads((self.path / "metrics.json").read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no metrics.json yet; it is {self.job().get('status', 'not begun')}") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / 'metrics.json'} is not valid JSON: {error}") from error
+
+    def history(self) -> DataFrame:
+        """metrics.jsonl as a table: a row for each step, its index; columns such as train/ce_loss and val/exact_match, NaN: not logged.
+
+        RunError before anything is logged.
+        """
+        from pandas import DataFrame
+
+        rows = by_step(read_rows(self.path / "metrics.jsonl"))
+        if not rows:
+            raise RunError(f"{self.path} has logged nothing yet; it is {self.job().get('status', 'not begun')}")
+        return DataFrame(list(rows.values()), index=list(rows)).rename_axis("step").astype(float)
+
+    def model(self, checkpoint: str = "best", trust: Sequence[str] = ()) -> SequenceModel:
+        """The trained model in eval mode on the CPU; the arguments are those of `lab.load`, which also gives its task and config."""
+        from lab.training.load import load
+
+        return load(self.path, checkpoint, trust)[0]
 
     # ------------------------------------------------------------------ the lock
 
@@ -178,33 +235,34 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise RunError(f"{self.path} is a file; run_dir is the folder of a run") from None
-        with (self.path / ".lock").open("a+") as lock:
+        with (self.path / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 lock.seek(0)
-                raise RunError(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
+                raise Busy(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             # A forked loader worker would keep the lock for seconds after a kill -9 of its parent; closing its copy frees nothing here.
             os.register_at_fork(after_in_child=lock.close)
             self._writing = True
-            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a writer that was killed
-                leftover.unlink()
+            for folder in (self.path, *(self.path / name for name in OWN_FOLDERS)):
+                for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
+                    leftover.unlink()
             try:
                 yield True
             finally:
                 self._writing = False
-                if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it
-                    (self.path / ".lock").unlink()
+                if [file.name for file in self.path.iterdir()] == [LOCK]:  # nothing came of it
+                    (self.path / LOCK).unlink()
                     self.path.rmdir()
 
     def locked(self) -> bool:
         """Whether any process holds the lock."""
         if self._writing:
             return True
-        with suppress(FileNotFoundError), (self.path / ".lock").open() as lock:
+        with suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
@@ -212,94 +270,21 @@ class Run:
         return False
 
 
-# ---------------------------------------------------------------------- small things that a run stores
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: readers see the old file or the new one, and a crash leaves one of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(strict(value), indent=1) + "\n")
-
-
-def strict(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not have: null in their place."""
-    if isinstance(value, Mapping):
-        return {key: strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def sync_folder(path: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def new_run_path(composed: Composed) -> Path:
-    """runs/<experiment>/<date>_<time>_<config_hash>; without an experiment runs/<model>_<task>/..."""
+def job_path(composed: Composed) -> Path:
+    """runs/<experiment>/<config_hash>, without an experiment runs/<model>_<task>/...: the same job of two sweeps is one run."""
     name = composed.choices["experiment"]
     if name == "none":
         name = f"{composed.choices['model']}_{composed.choices['task']}"
+    return Path("runs") / name / config_hash(composed.stored)
+
+
+def new_run_path(composed: Composed) -> Path:
+    """runs/<experiment>/<date>_<time>_<config_hash>"""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    path = Path("runs") / name / f"{stamp}_{config_hash(composed.stored)}"
+    path = job_path(composed)
+    path = path.with_name(f"{stamp}_{path.name}")
     for n in range(2, 1000):  # the same job twice in one second
         if not path.exists():
             return path
         path = path.with_name(f"{stamp}_{config_hash(composed.stored)}_{n}")
     raise ConfigError(f"{path.parent} has a thousand runs of this very second")
-
-
-def code_version() -> str:
-    """8 hex digits of the content of the package and its native sources: two runs that differ here ran different code."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    sources = [*package.rglob("*.py"), *(package.parent / "csrc").rglob("*.[ch]*")]
-    for file in sorted(sources):
-        digest.update(str(file.relative_to(package.parent)).encode() + file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def git_state() -> tuple[str | None, str, list[str]]:
-    """Commit, difference of the work tree to it, and untracked files of the current folder's repository; (None, "", []) outside of one."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], capture_output=True, text=True, errors="replace", timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None, "", []
-    untracked = git("ls-files", "--others", "--exclude-standard") or ""
-    return commit.strip(), (git("diff", "HEAD") or "")[:PATCH_LIMIT], untracked.splitlines()[:100]
-
-
-def environment() -> dict[str, str]:
-    """Versions and the machine, for hparams.yaml and metrics.json."""
-    names = ("lab", "torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy")
-    versions = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **versions, "platform": platform.platform()}

@@ -8,18 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from lab.config import Composed, ConfigError, check, check_late, first_difference, override, resolve
+from lab.config import Composed, ConfigError, check, check_late, first_difference, override
+from lab.config.errors import nearest
 from lab.training.experiment import Experiment, prepare
-from lab.training.run import Run, code_version, new_run_path
+from lab.training.provenance import code_version
+from lab.training.run import Run, new_run_path
 
-RUN_DIR = "LAB_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
+FOLDER_VARIABLE = "LAB_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
 RESUMABLE = (
     "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.max_steps", "trainer.max_epochs",
 )  # fmt: skip
-
-
-OTHER_LENGTH = {"trainer.max_steps": "trainer.max_epochs", "trainer.max_epochs": "trainer.max_steps"}  # each excludes the other
+EXCLUDES = {"trainer.max_steps": "trainer.max_epochs", "trainer.max_epochs": "trainer.max_steps"}  # a length is given by one of them
 
 
 def train(composed: Composed) -> Run:
@@ -28,6 +28,11 @@ def train(composed: Composed) -> Run:
     An unfinished run of the same config resumes, a finished one is left as it is, one of another config is a ConfigError. Nothing is
     written, and nothing of an older run removed, before all of the config is known to be good.
     """
+    with composed.saying_where():
+        return _train(composed)
+
+
+def _train(composed: Composed) -> Run:
     check(composed)
     experiment = prepare(composed.config)
     run = Run(_folder_of_this_rank() or experiment.run_dir or new_run_path(composed))
@@ -58,13 +63,19 @@ def resume(path: str, overrides: list[str], trust: list[str]) -> Run:
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key not in RESUMABLE:
-            raise ConfigError(f"{key} cannot change when a run is resumed, its stored config decides; allowed are {', '.join(RESUMABLE)}")
-        if key in OTHER_LENGTH:
-            words.insert(0, f"{OTHER_LENGTH[key]}=null")
-    stored = override(run.config(), words)
-    config = resolve(stored)
-    check(config, trust=trust)
-    experiment = prepare(config, trust)
+            near = nearest(key, RESUMABLE)
+            right = f"; did you mean {near}?" if near else f", its stored config decides; allowed are {', '.join(RESUMABLE)}"
+            raise ConfigError(f"{key} cannot change when a run is resumed{right}")
+        if key in EXCLUDES:
+            words.insert(0, f"{EXCLUDES[key]}=null")
+    composed = override(run.config(), words, run.path / "config.yaml", run.hparams()["choices"])
+    with composed.saying_where():
+        return _resume(run, composed, overrides, trust)
+
+
+def _resume(run: Run, composed: Composed, overrides: list[str], trust: list[str]) -> Run:
+    check(composed, trust=trust)
+    experiment = prepare(composed.config, trust)
     with run.writer(exclusive=not _folder_of_this_rank()) as first:
         job = run.job()
         if first and job.get("status") == "done" and experiment.max_steps <= job["step"]:
@@ -73,12 +84,11 @@ def resume(path: str, overrides: list[str], trust: list[str]) -> Run:
 
         def begin() -> None:
             if overrides:
-                run.write_resumed(stored, overrides)
-            if len(words) > len(overrides):
+                run.write_resumed(composed.stored, overrides)
+            if len(composed.overrides) > len(overrides):
                 print(f"with {' '.join(overrides)}: the schedule of the learning rate is now that of {experiment.max_steps} steps")
             _warn_of_other_code(run)
 
-        composed = Composed(config, stored, run.hparams()["choices"], overrides)
         _fit(run, experiment, composed, begin, trust)
     return run
 
@@ -86,21 +96,21 @@ def resume(path: str, overrides: list[str], trust: list[str]) -> Run:
 def _fit(run: Run, experiment: Experiment, composed: Composed, begin: Callable[[], None], trust: list[str] | None) -> None:
     from lab.training.fit import fit
 
-    check_late(composed if trust is None else composed.config, trust=trust)
-    os.environ[RUN_DIR] = str(run.path.resolve())
+    check_late(composed, trust=trust)
+    os.environ[FOLDER_VARIABLE] = str(run.path.resolve())
     try:
         fit(run, experiment, composed.stored, trust, begin)
     finally:
-        del os.environ[RUN_DIR]
+        del os.environ[FOLDER_VARIABLE]
 
 
 def _folder_of_this_rank() -> str | None:
     """The run's folder in a process that Lightning started for a further device; None in the one that the user started."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return None
-    if RUN_DIR not in os.environ:
+    if FOLDER_VARIABLE not in os.environ:
         raise ConfigError("lab-train starts the processes of its devices itself: run it once, with trainer.devices=N, not under torchrun")
-    return os.environ[RUN_DIR]
+    return os.environ[FOLDER_VARIABLE]
 
 
 def _warn_of_other_code(run: Run) -> None:

@@ -1,0 +1,201 @@
+"""Plots of a run, each a matplotlib Figure: no pyplot, no display, no state shared with the caller's own plots.
+
+    plot_delimiter_wave(run, step)    the phases of one sample, their order and their velocity
+    plot_attention(run, step)         the attention weights of one sample, a panel for each head
+    plot_history(run, ...)            learning curves, of several runs too
+
+Each takes `output`, a file to save to (png, pdf, svg by its ending). RunError in one sentence where a run lacks what is to be shown.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lab.analysis.snapshots import read_snapshot
+from lab.training.run import Run, RunError
+
+RunPath = str | Path
+SIZE = 9  # points, of all text
+LOGARITHMIC = ("loss", "ce_loss")
+TITLES = {"loss": "loss", "ce_loss": "cross-entropy (nats per token)", "exact_match": "exact match", "sync_order": "synchronisation r"}
+
+
+class Plot(Figure):
+    """A matplotlib Figure that a notebook shows by itself; one that pyplot does not know has no picture there."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
+def plot_delimiter_wave(logdir: RunPath, step: int | None = None, layer: int = 0, sample: int = 0, output: RunPath | None = None) -> Plot:
+    """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer."""
+    return _save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
+
+
+def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None) -> Plot:
+    """The attention weights of the first sample in the snapshot nearest to `step` (None: the last one): a row for each layer."""
+    return _save(attention_maps(read_snapshot(logdir, "attention", step)), output)
+
+
+def plot_history(
+    logdir: RunPath | Sequence[RunPath], metrics: Sequence[str] = ("ce_loss", "exact_match"), output: RunPath | None = None
+) -> Plot:
+    """A panel for each metric over the steps: training as a thin line, validation as points. Several runs have a colour each."""
+    paths = [logdir] if isinstance(logdir, str | Path) else list(logdir)
+    histories = {_label(path, paths): Run.open(path).history() for path in paths}
+    return _save(learning_curves(histories, metrics), output)
+
+
+# ----------------------------------------------------------------------- drawing
+
+
+def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: int = 0) -> Plot:
+    """The (L, H) phase map on a cyclic colour map; below it r(t), and the phase velocity of each head."""
+    n_layers, n_samples = snapshot["theta"].shape[:2]
+    if not -n_layers <= layer < n_layers:
+        raise RunError(f"layer={layer}: the snapshot has the layers 0 to {n_layers - 1}")
+    if not -n_samples <= sample < n_samples:
+        raise RunError(f"sample={sample}: the snapshot has the samples 0 to {n_samples - 1}; callbacks.phases.samples sets how many")
+    length = int(snapshot["lengths"][sample])
+    theta = snapshot["theta"][layer, sample, :length] % (2 * np.pi)  # (L, H)
+    r = snapshot["r"][layer, sample, :length]
+    velocity = (np.diff(theta, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the shorter way round, from token to token
+    heads = theta.shape[1]
+
+    figure = Plot(figsize=(7, 4.6), dpi=100)
+    # Fixed places: a layout that adjusts itself draws everything twice, and training waits for this picture.
+    grid = figure.add_gridspec(
+        3, 2, height_ratios=[2, 1, 1], width_ratios=[60, 1], hspace=0.12, wspace=0.03, left=0.11, right=0.91, top=0.9
+    )
+    top = figure.add_subplot(grid[0, 0])
+    middle, bottom = (figure.add_subplot(grid[row, 0], sharex=top) for row in (1, 2))
+    extent = (-0.5, length - 0.5, heads - 0.5, -0.5)
+    image = top.imshow(theta.T, cmap="twilight", vmin=0, vmax=2 * np.pi, aspect="auto", interpolation="nearest", extent=extent)
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[0, 1]))
+    bar.set_ticks([0, np.pi, 2 * np.pi], labels=["0", "π", "2π"])
+    bar.set_label("phase θ (rad)", size=SIZE)
+    bar.ax.tick_params(labelsize=SIZE)
+    top.set_ylabel("head", size=SIZE)
+    top.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+    middle.plot(np.arange(length), r, color="black", linewidth=1.3)
+    middle.set_ylim(0, 1.06)
+    middle.set_yticks([0, 0.5, 1])
+    middle.set_ylabel("order r", size=SIZE)
+
+    between = np.arange(length - 1) + 0.5
+    bottom.plot(between, velocity, color="tab:blue", linewidth=0.6, alpha=0.5)
+    bottom.plot(between, velocity.mean(1), color="black", linewidth=1.3, label="mean over heads")
+    bottom.plot([], [], color="tab:blue", linewidth=0.6, label="each head")
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    bottom.legend(fontsize=SIZE - 1.5, frameon=False, loc="upper right", ncols=2, borderaxespad=0.1)
+    bottom.set_ylabel("velocity\n(rad / token)", size=SIZE)
+    bottom.set_xlabel("token t", size=SIZE)
+    bottom.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+
+    prompt_len = int(snapshot["prompt_len"])
+    for axes in (top, middle, bottom):
+        axes.tick_params(labelsize=SIZE, labelbottom=axes is bottom)
+        if 0 < prompt_len <= length:
+            axes.axvline(prompt_len - 1, color="crimson", linewidth=1.2)
+    if 0 < prompt_len <= length:
+        top.text(prompt_len - 1, -0.6, "delimiter", color="crimson", size=SIZE, ha="center", va="bottom")
+    figure.suptitle(f"step {int(snapshot['step']):,}, layer {layer % n_layers}, sample {sample % n_samples}", size=SIZE + 1)
+    return figure
+
+
+def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
+    """A row of maps for each layer, one for each head, queries downwards and keys to the right. The colour is the root of the weight."""
+    weights = snapshot["attention"].astype(np.float32)  # (layers, H, L, L)
+    n_layers, heads, length, _ = weights.shape
+    gap = max(1, length // 16)
+    weights = np.where(np.tri(length, dtype=bool), weights, np.nan)  # the future stays blank
+    mosaic = np.pad(weights, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(n_layers * (length + gap), heads * (length + gap))[:-gap, :-gap]
+    first = np.arange(max(n_layers, heads)) * (length + gap)  # of each map, in pixels
+
+    width, height = 1.15 * heads, 1.15 * n_layers  # inches
+    figure = Plot(figsize=(width + 1.7, height + 0.95), dpi=100)
+    axes, bar_axes = (
+        figure.add_axes((left / (width + 1.7), 0.55 / (height + 0.95), wide / (width + 1.7), height / (height + 0.95)))
+        for left, wide in ((0.75, width), (width + 0.85, 0.12))
+    )
+    image = axes.imshow(mosaic**0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_xticks(first[:heads] + (length - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
+    axes.set_yticks(
+        first[:n_layers] + (length - 1) / 2, [f"layer {layer}" for layer in range(n_layers)], size=SIZE, rotation=90, va="center"
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"key s, 0 to {length - 1} in each map", size=SIZE)
+    axes.set_ylabel("query t", size=SIZE)
+    prompt_len, title = int(snapshot["prompt_len"]), f"step {int(snapshot['step']):,}"
+    if 0 < prompt_len <= length:
+        for row in first[:n_layers]:
+            axes.vlines(first[:heads] + prompt_len - 1, row - 0.5, row + length - 0.5, color="crimson", linewidth=0.5)
+        for column in first[:heads]:
+            axes.hlines(first[:n_layers] + prompt_len - 1, column - 0.5, column + length - 0.5, color="crimson", linewidth=0.5)
+        title += "; red lines: the delimiter"
+    ticks = np.array([0, 0.1, 0.25, 0.5, 1])
+    bar = figure.colorbar(image, cax=bar_axes)
+    bar.set_ticks(list(ticks**0.5), labels=[f"{tick:g}" for tick in ticks])
+    bar.ax.tick_params(labelsize=SIZE)
+    bar.set_label("attention weight", size=SIZE)
+    axes.set_title(title, size=SIZE + 1)
+    return figure
+
+
+def learning_curves(histories: Mapping[str, Any], metrics: Sequence[str]) -> Plot:
+    """histories: tables of `Run.history()` by label."""
+    if not metrics:
+        raise ValueError("metrics is empty; name one, such as ce_loss")
+    figure = Plot(figsize=(3.6 * len(metrics) + 0.2, 3.0), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        if not any(f"{part}/{metric}" in table for table in histories.values() for part in ("train", "val")):
+            logged = {tuple(name.split("/", 1)) for table in histories.values() for name in table}
+            known = sorted({name for part, name in logged if part in ("train", "val")})
+            raise RunError(f"no run has logged a metric {metric}; there are {', '.join(known)}")
+        for i, (label, table) in enumerate(histories.items()):
+            for part, style in (("train", {"linewidth": 0.9, "alpha": 0.7}), ("val", {"linewidth": 1.3, "marker": "o", "markersize": 3.5})):
+                if f"{part}/{metric}" in table:
+                    values = table[f"{part}/{metric}"].dropna()
+                    name = part if len(histories) == 1 else f"{label}, {part}"
+                    colour = f"C{0 if part == 'train' else 1}" if len(histories) == 1 else f"C{i}"
+                    axes.plot(values.index, values, color=colour, label=name, **style)
+        axes.set_xlabel("optimiser step", size=SIZE)
+        axes.set_title(TITLES.get(metric, metric), size=SIZE + 1)
+        if metric in LOGARITHMIC:
+            axes.set_yscale("log")
+        else:
+            axes.margins(y=0.03)
+        axes.tick_params(labelsize=SIZE)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=SIZE - 1.5, frameon=False)
+    return figure
+
+
+def _label(path: RunPath, paths: Sequence[RunPath]) -> str:
+    """The shortest end of a path that no other one has."""
+    parts = Path(path).parts
+    for n in range(1, len(parts)):
+        if sum(Path(other).parts[-n:] == parts[-n:] for other in paths) == 1:
+            return "/".join(parts[-n:])
+    return str(path)
+
+
+def _save(figure: Plot, output: RunPath | None) -> Plot:
+    if output is not None:
+        figure.savefig(output, dpi=150)
+    return figure

@@ -1,0 +1,47 @@
+"""Snapshots of a run: what monitoring stored of a step, RUN/<kind>/step_00000100.npz, kind `phases` or `attention`.
+
+phases      step, tokens (B, L), lengths (B,), prompt_len, theta (layers, B, L, H), omega and kappa (layers, H), r (layers, B, L)
+attention   step, tokens (L,), prompt_len, attention (layers, H, L, L) in float16: of the first sample, without its padding
+
+prompt_len: the tokens up to the delimiter, it included; 0 where the task has none. numpy alone: plots need neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lab.training.files import write_bytes
+from lab.training.run import RunError
+
+
+def write_snapshot(run: str | Path, kind: str, step: int, **arrays: Any) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, step=step, **arrays)
+    write_bytes(Path(run, kind) / f"step_{step:08}.npz", content.getvalue())
+
+
+def snapshot_steps(run: str | Path, kind: str) -> dict[int, Path]:
+    """The stored snapshots by step, in order."""
+    return {int(file.stem.removeprefix("step_")): file for file in sorted(Path(run, kind).glob("step_*.npz"))}
+
+
+def read_snapshot(run: str | Path, kind: str, step: int | None = None) -> dict[str, np.ndarray]:
+    """The snapshot nearest to `step`, the earlier of two; None: the last one. RunError where there is none, or it cannot be read."""
+    if not Path(run).is_dir():
+        raise RunError(f"{run}: there is no such run folder")
+    found = snapshot_steps(run, kind)
+    if not found:
+        missing = f"callbacks.{kind}.interval writes them, for models that record {'phases' if kind == 'phases' else 'attention weights'}"
+        also = ", with callbacks.attention.maps=true" if kind == "attention" else ""
+        raise RunError(f"{run} has no snapshots in {kind}/; {missing}{also}")
+    file = found[max(found) if step is None else min(found, key=lambda known: (abs(known - step), known))]
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise RunError(f"{file} cannot be read: {error}") from error

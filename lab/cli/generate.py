@@ -1,0 +1,158 @@
+"""lab-generate: what a trained model goes on with, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.cli import Parser, run, starting
+
+if TYPE_CHECKING:
+    from lab.models import SequenceModel
+    from lab.tasks import Task
+
+USAGE = "lab-generate RUN_OR_CHECKPOINT [checkpoint=best|last] --prompt TEXT [options]"
+LONGEST = 256  # new tokens where --max-new-tokens is not given
+EXAMPLES = """\
+examples:
+  lab-generate runs/mine --prompt "5 9 3 2"                           a task of tokens: prompt and answer are token ids
+  lab-generate runs/text --prompt $'def main():\\n' --temperature 0.8 --top-p 0.95 --seed 1
+  lab-generate runs/text --prompt-file start.txt --stop-token 10      a text ends at its first newline, if its tokens are bytes
+  lab-generate runs/mine --prompt "5 9 3 2" --prompt "7 2"            two prompts at once, one answer after the other
+  lab-generate runs/mine checkpoint=last --prompt "5 9 3 2"           the last checkpoint in place of the best one
+
+Only what is new is printed, not the prompt. Without --temperature each token is the most probable one (greedy).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("lab-generate", lambda: _main(_parser().parse_intermixed_args(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lab-generate", usage=USAGE, description="Continue prompts with a trained model.", epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, or a checkpoint file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="checkpoint=best or checkpoint=last")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="what to go on from; may be given several times")
+    parser.add_argument("--prompt-file", metavar="FILE", action="append", default=[], help="a file that is a prompt; - is standard input")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help=f"default {LONGEST}, or what the model has room for")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: greedy (default); 1: as the model was trained")
+    parser.add_argument("--top-k", metavar="K", type=int, help="sample from the K most probable tokens")
+    parser.add_argument("--top-p", metavar="P", type=float, help="sample from the fewest tokens with probability P together")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling: the same seed, the same text (default 0)")
+    parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends")
+    parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    from lab.config import ConfigError
+
+    if "=" in arguments.target:
+        raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-generate RUN_OR_CHECKPOINT {arguments.target}")
+    checkpoint = None
+    for word in arguments.overrides:
+        key, _, checkpoint = word.partition("=")
+        if key != "checkpoint" or checkpoint not in ("best", "last"):
+            raise ConfigError(f"{word}: of a run, only checkpoint=best or checkpoint=last can be chosen; what is sampled, by --options")
+    if not arguments.temperature and (arguments.top_k is not None or arguments.top_p is not None):
+        raise ConfigError("--top-k and --top-p choose among tokens that are sampled: they need a --temperature above 0")
+    texts = [*arguments.prompt, *map(_read, arguments.prompt_file)]
+    if not texts:
+        raise ConfigError("there is no prompt: --prompt TEXT or --prompt-file FILE")
+    with starting("lab-generate"):
+        from lab import load
+
+    model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    prompts = [_tokens(text, task, model) for text in texts]
+    try:
+        new = _continue(model, prompts, arguments)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if len(prompts) == 1:
+        _print((row[0] for row in new), task)
+        return
+    rows = [[token for token in row if token is not None] for row in zip(*new, strict=True)] or [[] for _ in prompts]
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
+        line = " ".join(text.split())
+        _write(f"--- {number}: {line if len(line) <= 60 else f'...{line[-57:]}'}\n")
+        _print(iter(row), task)
+
+
+def _read(name: str) -> str:
+    """A prompt file as text whose bytes come back as they were; `-` is standard input."""
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    return content.decode("utf-8", "surrogateescape")
+
+
+def _tokens(text: str, task: Task, model: SequenceModel) -> list[int]:
+    from lab.config import ConfigError
+
+    if task.text:
+        tokens = task.encode(text)
+    else:
+        try:
+            tokens = [int(word) for word in text.replace(",", " ").split()]
+        except ValueError:
+            raise ConfigError(f"the prompt {text!r} must be token ids, such as '5 6 7 2': {type(task).__name__} has no text") from None
+    if not tokens:
+        raise ConfigError("the prompt is empty: a model goes on from at least one token")
+    wrong = [token for token in tokens if not 0 <= token < task.vocab_size]
+    if wrong:
+        raise ConfigError(f"the prompt has the token {wrong[0]}; those of {type(task).__name__} are 0 to {task.vocab_size - 1}")
+    return tokens
+
+
+def _continue(model: SequenceModel, prompts: list[list[int]], arguments: argparse.Namespace) -> Iterator[list[int | None]]:
+    """For each step the new token of each prompt, None after it has stopped. ValueError, at the call, for what cannot be."""
+    import torch
+
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    n = arguments.max_new_tokens
+    if model.max_len is not None:
+        room = model.max_len - int(lengths.max()) + 1  # the last new token is never fed back
+        if room < max(1 if n is None else n, 0):
+            raise ValueError(
+                f"the model was built with max_len {model.max_len}: after a prompt of {int(lengths.max())} tokens it has room for "
+                f"{max(room, 0)} new ones{'' if n is None else f', --max-new-tokens is {n}'}"
+            )
+    if n is None:
+        n = LONGEST if model.max_len is None else min(LONGEST, room)
+    steps = model.stream(
+        tokens, n, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, stop_token=arguments.stop_token,
+        pad_token=-1, lengths=lengths if len(prompts) > 1 else None, generator=torch.Generator().manual_seed(arguments.seed),
+    )  # fmt: skip
+    return ([token if token >= 0 else None for token in step.tolist()] for step in steps)
+
+
+def _print(tokens: Iterator[int | None], task: Task) -> None:
+    """Each token as it comes: ids with spaces between them, or text, held back while it ends within a character."""
+    held: list[int] = []
+    for number, token in enumerate(tokens):
+        assert token is not None
+        if not task.text:
+            _write(f" {token}" if number else str(token))
+            continue
+        held.append(token)
+        text = task.decode(held)
+        if not text.endswith("\ufffd"):
+            _write(text)
+            held = []
+    _write((task.decode(held) if held else "") + "\n")
+
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # a terminal that is not UTF-8 shows ? for what it lacks
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""lab-report: one table of any runs, by what their folders say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.cli import Parser, run, starting
+
+USAGE = "lab-report RUNS [RUNS ...] [--by-seed] [--format rich|markdown|csv|json] [--output FILE]"
+EXAMPLES = """\
+examples:
+  lab-report runs                                            every run below the folder
+  lab-report runs/sweeps/1a2b3c4d                            the jobs of a sweep
+  lab-report 'runs/copy_reverse_small*/*' --by-seed          a glob; mean and spread over the seeds
+  lab-report runs --output table.md                          Markdown by the ending; also .csv, .json and .txt
+
+The best checkpoint of a run, and the best run, are those of the lowest validation loss; test scores are shown where lab-eval wrote them.
+A folder that is no run, or a file that cannot be read, is a line of the table with the reason.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("lab-report", lambda: _main(_parser().parse_args(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lab-report", usage=USAGE, description="Compare runs in one table.", epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="a run, a folder of runs, a sweep (or a file of it), or a glob")
+    parser.add_argument(
+        "--by-seed", action="store_true", help="one line for all seeds of an experiment: mean and sample standard deviation"
+    )
+    parser.add_argument("--format", choices=["rich", "markdown", "csv", "json"], help="of the table; rich if nothing says otherwise")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the table there; the ending chooses the format")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    with starting("lab-report"):
+        from lab.analysis.render import FORMATS, render, show
+        from lab.analysis.report import by_run, by_seed, rows
+        from lab.config import ConfigError
+        from lab.training.files import write_text
+
+    form, output = arguments.format, arguments.output
+    if output and not form:
+        form = FORMATS.get(output.suffix)
+        if form is None:
+            raise ConfigError(f"--output {output}: the ending says no format; choose one of {', '.join(FORMATS)}, or add --format")
+    found = rows(arguments.runs)
+    report = by_seed(found) if arguments.by_seed else by_run(found)
+    if output:
+        write_text(output, render(report, form))
+        print(f"written to {output}")
+    elif form in (None, "rich"):
+        show(report)
+    else:
+        print(render(report, form), end="")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

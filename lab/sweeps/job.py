@@ -1,0 +1,91 @@
+"""One job of a sweep: a run whose folder follows from its config, the commands that are still to be done, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.analysis.report import best_validation, read
+from lab.config import Composed, first_difference
+from lab.config.overrides import quote
+from lab.config.tree import places
+from lab.training.run import LOG, Run, RunError, job_path
+
+TRAIN, EVAL = "lab.cli.train", "lab.cli.eval"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plain lab-train: the words that all jobs of the sweep share, then those of this one."""
+
+    shared: list[str]
+    own: list[str]
+    composed: Composed
+
+    @property
+    def path(self) -> Path:
+        return job_path(self.composed)
+
+    @property
+    def label(self) -> str:
+        return shlex.join(self.own) or str(self.path)
+
+    @property
+    def log(self) -> Path:
+        """Where its commands print."""
+        return self.path / LOG
+
+    def next_command(self, after: str | None = None) -> list[str] | None:
+        """What is still to be done, in a process of its own; None if nothing is. after: the command that has just ended well."""
+        run = Run(self.path)
+        fresh = after is None and bool(self.composed.config["fresh"])
+        if after is None and (fresh or not self._is_done(run)):
+            plain = re.fullmatch(r"[\w./-]+", str(self.path))
+            return [TRAIN, *self.shared, *self.own, f"run_dir={self.path if plain else quote(str(self.path))}"]
+        return None if after == EVAL or self._is_evaluated() else [EVAL, str(self.path), *self._trust()]
+
+    def _is_done(self, run: Run) -> bool:
+        try:
+            return run.exists() and run.job().get("status") == "done" and first_difference(self.composed.stored, run.config()) is None
+        except RunError:  # lab-train will say what is wrong
+            return False
+
+    def _is_evaluated(self) -> bool:
+        """Whether the test scores of the best checkpoint are there, or there is nothing to score."""
+        if self.composed.config["task"].get("test", self) is None:  # task=dataset without a test split
+            return True
+        try:
+            scores = json.loads((self.path / "eval" / "test-best.json").read_text())
+            return bool(scores["step"] == best_validation(self.path)["step"])
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or not as lab-eval writes it
+            return False
+
+    def _trust(self) -> list[str]:
+        """The user typed this config, so lab-eval may call what it names."""
+        found = {str(target) for key, target in places(self.composed.config) if key[-1] == "_target_"}
+        return [f"--trust={target}" for target in sorted(found) if not target.startswith("lab.")]
+
+    def score(self) -> float:
+        """What a sweeper minimises: the validation loss of the best checkpoint; NaN for a job that is not done."""
+        row = read(self.path)
+        return row.val if row.status == "done" and row.val is not None else float("nan")
+
+    def reason(self, command: str, pid: int, code: int, log_start: int) -> str:
+        """Why a command of this job failed: by job.json, or, if it did not come to that, by the last line that it printed."""
+        said = self.last_line(log_start)
+        if command == EVAL:
+            return f"trained, but not evaluated: {said or f'exit code {code}'}"
+        job = Run(self.path).job()
+        if job.get("pid") == pid and job.get("reason"):
+            return str(job["reason"])
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else said or f"exit code {code}"
+
+    def last_line(self, start: int = 0) -> str:
+        with self.log.open("rb") as file:
+            file.seek(start)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].removeprefix("lab-train: ").removeprefix("lab-eval: ") if lines else ""

@@ -1,0 +1,169 @@
+"""A pool of processes, and nothing else: who may write a run, what it resumes and when it is done is decided in the processes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from lab.sweeps.job import Job
+from lab.sweeps.overview import Overview
+from lab.training.run import Busy, Interrupted, Run
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL = 0.1  # seconds
+
+
+@dataclass
+class Process:
+    """A command of a job that is running."""
+
+    job: Job
+    command: str
+    slot: int  # which share of the machine it has
+    log_start: int  # where in the job's log its own lines begin
+    popen: subprocess.Popen[bytes]
+
+
+class Pool:
+    """Runs jobs, `n_jobs` at a time. record(job, reason) is called for each at its end; the reason is None unless it failed."""
+
+    def __init__(self, n_jobs: int, overview: Overview, record: Callable[[Job, str | None], None]) -> None:
+        self.n_jobs, self.overview, self.record = n_jobs, overview, record
+        self.processes: list[Process] = []
+        self.left: list[Job] = []  # because another process is at them
+        self.received: list[int] = []  # signals
+        self.passed_on = 0  # how many of them the processes have got
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Interrupted, after all processes have saved and stopped, if this process was told to stop."""
+        with self._signals(), self.overview:
+            self._work(deque(jobs))
+            self._work(deque(self.left))  # perhaps they are free by now
+            for job in self.left:
+                self.overview.ended(job, "left alone: another process is at it")
+        if self.received:
+            number = self.received[0]
+            raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command goes on", number)
+
+    def _work(self, waiting: deque[Job]) -> None:
+        self.left = []
+        while self.processes or (waiting and not self.received):
+            while waiting and len(self.processes) < self.n_jobs and not self.received:
+                self._begin(waiting.popleft())
+            self._pass_signals_on()
+            self.overview.show([(process.job, process.command) for process in self.processes])
+            time.sleep(POLL if self.processes else 0)
+            for process in [process for process in self.processes if process.popen.poll() is not None]:
+                self.processes.remove(process)
+                self._ended(process, waiting)
+
+    def _begin(self, job: Job) -> None:
+        if Run(job.path).locked():
+            self.left.append(job)
+            return
+        command = job.next_command()
+        if command is None:
+            self.record(job, None)
+            self.overview.ended(job, "done before")
+        else:
+            used = {process.slot for process in self.processes}
+            self._start(job, command, next(slot for slot in range(self.n_jobs) if slot not in used))
+
+    def _start(self, job: Job, command: list[str], slot: int) -> None:
+        job.path.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
+            log.write(f"$ {shlex.join(['lab-' + command[0].rpartition('.')[2], *command[1:]])}\n".encode())
+            log.flush()
+            start = log.tell()
+            popen = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment(slot, self.n_jobs),
+                start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we hand it on once
+            )
+        self.processes.append(Process(job, command[0], slot, start, popen))
+
+    def _ended(self, process: Process, waiting: deque[Job]) -> None:
+        job, code = process.job, process.popen.returncode
+        if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
+            waiting.append(job)
+            return
+        following = job.next_command(after=process.command) if code == 0 else None
+        if following and not self.received:
+            self._start(job, following, process.slot)
+            return
+        if self.received and (code or following):
+            self.overview.ended(job, "stopped")
+            return
+        reason = job.reason(process.command, process.popen.pid, code, process.log_start) if code else None
+        self.record(job, reason)
+        self.overview.ended(job, f"failed: {reason}" if reason else "done")
+
+    # ------------------------------------------------------------------ signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+
+    def _pass_signals_on(self) -> None:
+        """The first signal lets each process finish its step and save; the second stops it at once; the third kills it."""
+        for count in range(self.passed_on + 1, len(self.received) + 1):
+            if count == 1:
+                self.overview.say("stopping: the jobs finish their step and save; once more stops them at once")
+            for process in self.processes:
+                with suppress(ProcessLookupError):  # it has just ended
+                    if count < 3:
+                        process.popen.send_signal(signal.SIGTERM)
+                    else:
+                        os.killpg(process.popen.pid, signal.SIGKILL)
+        self.passed_on = len(self.received)
+
+
+def environment(slot: int, n_jobs: int) -> dict[str, str]:
+    """The share of the machine that one of `n_jobs` processes gets: threads, and GPUs where there are any."""
+    share = {"PYTHONUNBUFFERED": "1"}  # the last line of a log is the last that was printed
+    if "OMP_NUM_THREADS" not in os.environ:
+        share["OMP_NUM_THREADS"] = str(max(1, cores() // n_jobs))
+    devices = gpus()
+    if devices:
+        each = max(1, len(devices) // n_jobs)
+        first = slot * each % len(devices)
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + each])
+    return share
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """The devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
