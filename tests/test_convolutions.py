@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from op_checks import compare, numbers, of
 
 from lab.ops import causal_conv, fft_conv, native, ssm_kernel

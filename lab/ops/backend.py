@@ -29,6 +29,11 @@ def recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def exporting() -> bool:
+    """Whether the graph that is recorded goes into a file, which must run without lab: no operator of ours may be left in it."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def always(*args: Any) -> str | None:
     return None
 
@@ -54,7 +59,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         backend = self.choose(*args)
-        if not torch.compiler.is_exporting():  # an exported graph must not write to a global
+        if not exporting():  # an exported graph must not write to a global
             _used[self.name] = backend.name
         return backend.run(*args)
 

@@ -29,7 +29,12 @@ def causal_conv(
     """
     (B, L, D), K = x.shape, w.shape[0]
     tail = (K - 1) * dilation
-    if w.shape != (K, D) or dilation < 1 or (bias is not None and bias.shape != (D,)) or (state is not None and state.shape != (B, tail, D)):
+    if (
+        w.shape != (K, D)
+        or dilation < 1
+        or (bias is not None and bias.shape != (D,))
+        or (state is not None and state.shape != (B, tail, D))
+    ):
         raise ValueError(
             f"causal_conv: with x {tuple(x.shape)} and w {tuple(w.shape)} expected w (K, {D}), bias ({D},), dilation above 0 and state "
             f"({B}, {tail}, {D}); got bias {None if bias is None else tuple(bias.shape)}, dilation {dilation}, "

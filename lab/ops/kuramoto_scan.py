@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, exporting
 
 TWO_PI = 2 * math.pi
 WRAP_EVERY = 16  # steps; between two wraps a phase stays small enough for float32
@@ -69,7 +69,7 @@ def reference(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Te
 
 
 def torch_backend(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return exported(theta0, drive, omega, kappa, W, dt)
     return forward_op(theta0, drive, omega, kappa, W, dt, "torch")
 

@@ -11,13 +11,15 @@ Backends
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, exporting
 from lab.ops.complex import multiply
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -51,12 +53,12 @@ def linear_recurrence(a: Tensor, x: Tensor, h0: Tensor | None = None, lengths: T
 
 def _in_pairs(a: Tensor, x: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
-    if torch.compiler.is_exporting() and lengths is None:
+    if exporting():  # a file holds real numbers
         start = torch.zeros_like(x[:, 0], dtype=dtype) if h0 is None else h0.to(dtype)
-        h = exported_pairs(a.to(dtype), x.to(dtype), start)
+        h = exported(a.to(dtype), x.to(dtype), start)
         return h, h[:, -1]
-    whole = [None if t is None else torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x, h0)]
-    h, last = linear_recurrence(whole[0], whole[1], whole[2], lengths)  # type: ignore[arg-type]
+    a, x, h0 = (None if t is None else torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x, h0))
+    h, last = linear_recurrence(a, x, h0, lengths)
     return torch.view_as_real(h), torch.view_as_real(last)
 
 
@@ -72,7 +74,7 @@ def reference(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def torch_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    if torch.compiler.is_exporting():
+    if exporting():
         return exported(a, x, h0)
     return forward_op(a, x, h0, "torch")
 
@@ -82,29 +84,38 @@ def native_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def exported(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """The same in operators that an exported file can hold: a loop whose length is an input. Under torch.no_grad()."""
+    """The same, with x (B, L, D) or in pairs (B, L, D, 2), in operators that an exported file can hold: a loop whose length is an input.
+    Under torch.no_grad()."""
     if x.is_complex():
         raise RuntimeError("linear_recurrence: an exported file holds no complex numbers; give them as pairs (..., 2)")
+    decays, inputs, h0 = a.expand_as(x).transpose(0, 1), x.transpose(0, 1), h0.contiguous()
+    if torch.jit.is_tracing():
+        return scripted_loop()(decays, inputs, h0, x.ndim == 4).transpose(0, 1)
     from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
     def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        h = now[0] * h + now[1]
+        h = (multiply(now[0], h) if x.ndim == 4 else now[0] * h) + now[1]
         return h, h.clone()
 
-    _, h = scan(step, h0.contiguous(), (a.expand_as(x).transpose(0, 1), x.transpose(0, 1)))
+    _, h = scan(step, h0, (decays, inputs))
     return h.transpose(0, 1)
 
 
-def exported_pairs(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """The same for pairs (..., 2)."""
-    from torch._higher_order_ops import scan
+def loop(a: Tensor, x: Tensor, h: Tensor, pairs: bool) -> Tensor:
+    steps = [h]
+    for t in range(x.shape[0]):
+        if pairs:
+            h = multiply(a[t], h) + x[t]
+        else:
+            h = a[t] * h + x[t]
+        steps.append(h)
+    return torch.stack(steps)[1:]
 
-    def step(h: Tensor, now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        h = multiply(now[0], h) + now[1]
-        return h, h.clone()
 
-    _, h = scan(step, h0.contiguous(), (a.expand_as(x).transpose(0, 1), x.transpose(0, 1)))
-    return h.transpose(0, 1)
+@cache
+def scripted_loop() -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    """TorchScript's tracer would unroll a Python loop; a scripted one it keeps. Compiled here at the first such export."""
+    return torch.jit.script(loop)
 
 
 # The opaque operator and its gradient, an operator too: a compiled graph sees one node of each.

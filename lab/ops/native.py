@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lab.ops.backend import exporting
+
 FOLDER = Path(__file__).parent
 LEVELS = {  # instruction sets that a library may need, the best one first, with the flags of /proc/cpuinfo that tell
     "x86_64_v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
@@ -56,7 +58,7 @@ def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.fl
     """The reason why the kernels cannot compute with these tensors, or None."""
     if LIBRARY is None:
         return SAYS
-    if torch.compiler.is_exporting():
+    if exporting():
         return "an exported file must run without lab's kernels"
     given = [t for t in tensors if t is not None]
     if any(t.device.type != "cpu" for t in given):

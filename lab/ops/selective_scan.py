@@ -14,6 +14,8 @@ Backends
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, exporting
 from lab.ops.linear_recurrence import doubled
 
 CHUNK = 64  # steps; (Bt, CHUNK, E, N) is the largest tensor of the torch backend
@@ -40,7 +42,9 @@ def selective_scan(
     wanted = {"dt": (Bt, L, E), "A": (E, N), "B": (Bt, L, N), "C": (Bt, L, N), "D": (E,), "z": (Bt, L, E), "h0": (Bt, E, N)}
     for (name, shape), t in zip(wanted.items(), (dt, A, B, C, D, z, h0), strict=True):
         if t is not None and t.shape != shape:
-            raise ValueError(f"selective_scan: with u {tuple(u.shape)} and A {tuple(A.shape)}, {name} must be {shape}, got {tuple(t.shape)}")
+            raise ValueError(
+                f"selective_scan: with u {tuple(u.shape)} and A {tuple(A.shape)}, {name} must be {shape}, got {tuple(t.shape)}"
+            )
     real = torch.float32
     for t in (u, dt, A, B, C, D, h0):
         real = real if t is None else torch.promote_types(real, t.dtype).to_real()
@@ -59,7 +63,7 @@ def selective_scan(
 def reference(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     h, steps = h0, []
     for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        h = advance(h, A, u[:, t], dt[:, t], B[:, t])
         steps.append(read(h, C[:, t]) + D * u[:, t])
     return (torch.stack(steps, 1) if steps else u), h
 
@@ -71,7 +75,7 @@ def read(h: Tensor, C: Tensor) -> Tensor:
 
 
 def torch_backend(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_exporting():
+    if exporting():
         return exported(u, dt, A, B, C, D, h0)
     y, last, _ = forward_op(u, dt, A, B, C, D, h0, "torch", True)
     return y, last
@@ -85,15 +89,37 @@ def native_backend(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
 
 def exported(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """The same in operators that an exported file can hold: a loop whose length is an input. Under torch.no_grad()."""
-    from torch._higher_order_ops import scan  # private, so not needed by anything but an export
+    inputs = [t.transpose(0, 1) for t in (u, dt, B, C)]
+    if torch.jit.is_tracing():
+        y, last = scripted_loop()(*inputs, A, h0)
+    else:
+        from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
-    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        x, d, b, c = now  # (Bt, E), (Bt, E), (Bt, N), (Bt, N)
-        h = torch.exp(d[..., None] * A) * h + (d * x)[..., None] * b[:, None]
-        return h, (h @ c[..., None])[..., 0]
+        def step(h: Tensor, now: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            h = advance(h, A, now[0], now[1], now[2])
+            return h, (h @ now[3][..., None])[..., 0]
 
-    last, y = scan(step, h0.contiguous(), tuple(t.transpose(0, 1) for t in (u, dt, B, C)))
+        last, y = scan(step, h0.contiguous(), tuple(inputs))
     return y.transpose(0, 1) + D * u, last
+
+
+def advance(h: Tensor, A: Tensor, u: Tensor, dt: Tensor, B: Tensor) -> Tensor:
+    """One step: h (Bt, E, N), u, dt (Bt, E), B (Bt, N)."""
+    return torch.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B[:, None]
+
+
+def loop(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    steps = [u[:0]]
+    for t in range(u.shape[0]):
+        h = advance(h, A, u[t], dt[t], B[t])
+        steps.append((h @ C[t][..., None])[None, ..., 0])
+    return torch.cat(steps), h
+
+
+@cache
+def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
+    """TorchScript's tracer would unroll a Python loop; a scripted one it keeps. Compiled here at the first such export."""
+    return torch.jit.script(loop)
 
 
 # The opaque operator and its gradient. `starts` holds what the backward pass needs of the forward one: the state at the beginning of each
@@ -138,11 +164,35 @@ def backward_op(
     (Bt, L, E), N = u.shape, A.shape[1]
     if backend == "native":
         u, dt, B, C, D, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, gy, glast))
-        parts = max(1, min(16 // max(Bt, 1), E // 64))  # tasks of a row; a function of the shape alone, so that sums do not change with threads
+        parts = max(
+            1, min(16 // max(Bt, 1), E // 64)
+        )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
         native.call(
-            "selective_scan_backward", u.dtype, u, dt, base_2(A), B, C, D, starts, gy, glast, gu, gdt, gA, gB, gC, gD, gh0, parts, Bt, L, E, N
+            "selective_scan_backward",
+            u.dtype,
+            u,
+            dt,
+            base_2(A),
+            B,
+            C,
+            D,
+            starts,
+            gy,
+            glast,
+            gu,
+            gdt,
+            gA,
+            gB,
+            gC,
+            gD,
+            gh0,
+            parts,
+            Bt,
+            L,
+            E,
+            N,
         )
         return [gu, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gh0]
     gu, gdt, gA, gB, gC, gh = *(torch.zeros_like(t) for t in (u, dt, A, B, C)), glast
