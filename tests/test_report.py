@@ -30,7 +30,8 @@ def make(path, *, model="lot", seed=1, val=(0.5, 0.4), exact=None, status="done"
     stored |= {"trainer": {"max_steps": 20}, "optimizer": {}}
     stored |= config or {}
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    hparams = {"choices": {"model": model, "task": "copy", "experiment": "none", **(choices or {})}, "code_version": code, "git_commit": None}
+    chosen = {"model": model, "task": "copy", "experiment": "none", **(choices or {})}
+    hparams = {"choices": chosen, "code_version": code, "git_commit": None}
     (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams))
     (folder / "job.json").write_text(json.dumps({"status": status, "reason": reason, "step": 20}))
     lines = [{"step": 1, "train/ce_loss": 9.0}, *({"step": 10 * (i + 1), "val/ce_loss": value} for i, value in enumerate(val))]
