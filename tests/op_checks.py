@@ -33,6 +33,5 @@ def compare(op, name, args, dtype, call=None):
     for i, (want, got) in enumerate(zip(*results, strict=True)):
         assert got.dtype in (dtype.to_real(), dtype.to_complex()), i
         scale = want.detach().abs().max() if want.numel() else 1
-        torch.testing.assert_close(
-            got.to(want.dtype), want, rtol=0, atol=float(TOLERANCE[dtype.to_real()] * (scale + 1e-30)), msg=lambda m, i=i: f"{i}: {m}"
-        )
+        atol = float(TOLERANCE[dtype.to_real()] * (scale + 1e-30))
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=0, atol=atol, msg=lambda text, i=i: f"{i}: {text}")

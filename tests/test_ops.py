@@ -291,7 +291,7 @@ def test_a_forced_backend(two_backends):
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="ops.kuramoto_scan=fast: .*expected auto, native, torch, reference"):
         ops.force({"kuramoto_scan": "fast"})
-    with pytest.raises(ValueError, match="ops.kuramoto: there is no such op; the ops are kuramoto_scan"):
+    with pytest.raises(ValueError, match="ops.kuramoto: there is no such op; the ops are .*kuramoto_scan"):
         ops.force({"kuramoto": "torch"})
     with pytest.raises(ValueError, match="no such backend"), use("fast"):
         pass

@@ -28,16 +28,8 @@ def scan_inputs(shape, N, dtype, seed=0, complex_A=False):
     real = dict(dtype=torch.float64, g=g)
     dt = torch.nn.functional.softplus(numbers(B, L, E, **real) - 2)
     A = -torch.exp(numbers(E, N, **real))
-    inputs = [
-        numbers(B, L, E, **real),
-        dt,
-        A,
-        numbers(B, L, N, **real),
-        numbers(B, L, N, **real),
-        numbers(E, **real),
-        numbers(B, L, E, **real),
-    ]
-    inputs.append(numbers(B, E, N, **real))
+    u, b, c, D, z = (numbers(*shape, **real) for shape in ((B, L, E), (B, L, N), (B, L, N), (E,), (B, L, E)))
+    inputs = [u, dt, A, b, c, D, z, numbers(B, E, N, **real)]
     if complex_A:
         for i in (2, 3, 4, 7):
             inputs[i] = torch.complex(inputs[i], numbers(*inputs[i].shape, **real))

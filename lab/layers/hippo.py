@@ -1,8 +1,8 @@
 """State matrices that remember: HiPPO-LegS (arXiv:2008.07669, theorem 2), its diagonal forms, and the other initialisations of S4D.
 
-The state of a polynomial memory obeys x' = A x + B u. LegS is normal plus low rank (arXiv:2111.00396, appendix C.1): with p_n = sqrt(n + 1/2),
-A + p p^T = -1/2 I + a skew matrix, which unitary V diagonalises. Eigenvalues come in conjugate pairs; one of each pair is kept, and a
-result takes twice the real part of the sum over them.
+The state of a polynomial memory obeys x' = A x + B u. LegS is normal plus low rank (arXiv:2111.00396, appendix C.1): with
+p_n = sqrt(n + 1/2), A + p p^T = -1/2 I + a skew matrix, which a unitary V diagonalises. Eigenvalues come in conjugate pairs; one of each
+pair is kept, and a result takes twice the real part of the sum over them.
 """
 
 from __future__ import annotations

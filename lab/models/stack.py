@@ -7,6 +7,7 @@ B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -18,28 +19,32 @@ from lab.mixers.base import Mixer, Output, State, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
+
 
 class Block(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
+    """x + mixer(norm1(x)), then, unless d_ff is 0, x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
 
-    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float) -> None:
+    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float, norm: str) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(d_model)
+        self.norm1 = NORMS[norm](d_model)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(d_model)
-        self.mlp = MLP(d_model, d_ff)
+        self.norm2 = NORMS[norm](d_model) if d_ff else None
+        self.mlp = MLP(d_model, d_ff) if d_ff else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
         mixed = self.mixer(self.norm1(x), state, lengths=lengths, want=want)
         x = x + self.dropout(mixed.y if want else mixed)
-        x = x + self.dropout(self.mlp(self.norm2(x)))
+        if self.mlp is not None and self.norm2 is not None:
+            x = x + self.dropout(self.mlp(self.norm2(x)))
         return mixed._replace(y=x) if want else x
 
 
 class Stack(SequenceModel):
-    """mixer: called as mixer(d_model=d_model) once per layer. d_ff: None means 4 d_model. dropout: on the embedding and both branches of
-    a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no limit."""
+    """mixer: called as mixer(d_model=d_model) once per layer. d_ff: None means 4 d_model, 0 no MLP. dropout: on the embedding and both
+    branches of a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no
+    limit. norm: "layer" or "rms". tied: the head shares its weights with the embedding, and has no bias."""
 
     def __init__(
         self,
@@ -51,12 +56,16 @@ class Stack(SequenceModel):
         dropout: float = 0.0,
         max_len: int | None = None,
         position: Literal["learned", "none"] = "learned",
+        norm: Literal["layer", "rms"] = "layer",
+        tied: bool = False,
     ) -> None:
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"Stack: n_layers={n_layers} must be at least 1")
         if position not in ("learned", "none"):
             raise ValueError(f"Stack: position={position!r}; expected learned or none")
+        if norm not in NORMS:
+            raise ValueError(f"Stack: norm={norm!r}; expected layer or rms")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
         self.max_len = max_len if position == "learned" else None
@@ -64,9 +73,11 @@ class Stack(SequenceModel):
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
         self.dropout = nn.Dropout(dropout)
         d_ff = 4 * d_model if d_ff is None else d_ff
-        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff, dropout) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, vocab_size)
+        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff, dropout, norm) for _ in range(n_layers))
+        self.norm = NORMS[norm](d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=not tied)
+        if tied:
+            self.head.weight = self.embedding.weight
         self.loss_names = self.mixers[0].loss_names
 
     def forward(

@@ -106,9 +106,12 @@ def force(choice: Mapping[str, str]) -> None:
 
 @contextmanager
 def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
-    """Forces a backend for all ops (positional) or by op (keywords) inside the block."""
+    """Forces a backend for all ops that have it (positional) or by op (keywords) inside the block."""
     before = dict(_forced)
-    force({**({} if backend is None else dict.fromkeys(_ops, backend)), **by_op})
+    having = [op for op, names in ops().items() if backend in (AUTO, *names)]
+    if backend is not None and not having:
+        raise ValueError(f"use({backend!r}): there is no such backend of any op; expected {', '.join(sorted({*sum(ops().values(), ())}))}")
+    force({**{op: backend for op in having if backend is not None}, **by_op})
     try:
         yield
     finally:

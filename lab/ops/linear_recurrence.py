@@ -57,8 +57,8 @@ def _in_pairs(a: Tensor, x: Tensor, h0: Tensor | None, lengths: Tensor | None) -
         start = torch.zeros_like(x[:, 0], dtype=dtype) if h0 is None else h0.to(dtype)
         h = exported(a.to(dtype), x.to(dtype), start)
         return h, h[:, -1]
-    a, x, h0 = (None if t is None else torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x, h0))
-    h, last = linear_recurrence(a, x, h0, lengths)
+    a, x = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x))
+    h, last = linear_recurrence(a, x, None if h0 is None else torch.view_as_complex(h0.to(dtype).contiguous()), lengths)
     return torch.view_as_real(h), torch.view_as_real(last)
 
 

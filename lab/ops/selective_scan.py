@@ -42,9 +42,8 @@ def selective_scan(
     wanted = {"dt": (Bt, L, E), "A": (E, N), "B": (Bt, L, N), "C": (Bt, L, N), "D": (E,), "z": (Bt, L, E), "h0": (Bt, E, N)}
     for (name, shape), t in zip(wanted.items(), (dt, A, B, C, D, z, h0), strict=True):
         if t is not None and t.shape != shape:
-            raise ValueError(
-                f"selective_scan: with u {tuple(u.shape)} and A {tuple(A.shape)}, {name} must be {shape}, got {tuple(t.shape)}"
-            )
+            given = f"u {tuple(u.shape)} and A {tuple(A.shape)}"
+            raise ValueError(f"selective_scan: with {given}, {name} must be {shape}, got {tuple(t.shape)}")
     real = torch.float32
     for t in (u, dt, A, B, C, D, h0):
         real = real if t is None else torch.promote_types(real, t.dtype).to_real()
@@ -169,31 +168,8 @@ def backward_op(
         )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
-        native.call(
-            "selective_scan_backward",
-            u.dtype,
-            u,
-            dt,
-            base_2(A),
-            B,
-            C,
-            D,
-            starts,
-            gy,
-            glast,
-            gu,
-            gdt,
-            gA,
-            gB,
-            gC,
-            gD,
-            gh0,
-            parts,
-            Bt,
-            L,
-            E,
-            N,
-        )
+        grads = (gu, gdt, gA, gB, gC, gD, gh0)
+        native.call("selective_scan_backward", u.dtype, u, dt, base_2(A), B, C, D, starts, gy, glast, *grads, parts, Bt, L, E, N)
         return [gu, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gh0]
     gu, gdt, gA, gB, gC, gh = *(torch.zeros_like(t) for t in (u, dt, A, B, C)), glast
     for t in reversed(range(0, L, CHUNK)):

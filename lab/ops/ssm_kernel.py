@@ -21,8 +21,10 @@ from lab.ops.backend import Backend, Op
 
 
 def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
-    """w, c (H, N, 2), complex numbers as pairs (re, im), the real part of w <= 0 -> K (H, length). Computes in float32, given any float64 in
-    float64. Differentiable once in both."""
+    """w, c (H, N, 2), complex numbers as pairs (re, im), the real part of w <= 0 -> K (H, length).
+
+    Computes in float32 or, given any float64, in float64. Differentiable once in both.
+    """
     if w.ndim != 3 or w.shape != c.shape or w.shape[-1] != 2:
         raise ValueError(f"ssm_kernel: expected w and c (H, N, 2), got {tuple(w.shape)} and {tuple(c.shape)}")
     dtype = torch.promote_types(torch.promote_types(w.dtype, c.dtype), torch.float32)
@@ -31,14 +33,14 @@ def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
 
 def reference(w: Tensor, c: Tensor, length: int) -> Tensor:
     w, c = torch.view_as_complex(w), torch.view_as_complex(c)
-    steps = [2 * (c * torch.exp(w * l)).sum(1).real for l in range(length)]
+    steps = [2 * (c * torch.exp(w * position)).sum(1).real for position in range(length)]
     return torch.stack(steps, 1) if steps else w.real[:, :0]
 
 
 def torch_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
     (w_re, w_im), (c_re, c_im) = w.unbind(-1), c.unbind(-1)
-    l = torch.arange(length, device=w.device, dtype=w.dtype)
-    size, angle = torch.exp(w_re[..., None] * l), w_im[..., None] * l  # (H, N, L)
+    position = torch.arange(length, device=w.device, dtype=w.dtype)
+    size, angle = torch.exp(w_re[..., None] * position), w_im[..., None] * position  # (H, N, L)
     return 2 * (c_re[:, None] @ (size * angle.cos()) - c_im[:, None] @ (size * angle.sin()))[:, 0]
 
 

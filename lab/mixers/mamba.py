@@ -1,0 +1,78 @@
+"""Mamba: a selective state space between a gate and a short convolution.      arXiv:2312.00752, section 3.4
+
+    (x, z) = W_in u;  x = SiLU(conv(x));  (delta, B, C) = W_x x;  dt = softplus(W_dt delta + b)
+    h_t = e^{dt_t A} h_{t-1} + (dt_t x_t) B_t,   y_t = C_t . h_t + D x_t,   out = W_out(y * SiLU(z))
+
+B = batch, L = length, D = d_model, E = expand_factor D, N = d_state, K = d_conv, R = dt_rank.
+State: {"conv": (B, K - 1, E), "h": (B, E, N)} float32. Parameters have the names of the public implementation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.layers.hippo import InitMethod, eigenvalues
+from lab.mixers.base import Mixer, Output, State
+from lab.ops import causal_conv, selective_scan
+
+
+class MambaLayer(Mixer):
+    """init_method: the states are real and decay as fast as its eigenvalues are large; `real` is 1 .. N. dt_rank: None means D / 16,
+    rounded up. dt starts log-uniform in [dt_min, dt_max]. n_layers: of the model around it; W_out starts smaller by its root."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        expand_factor: int = 2,
+        d_conv: int = 4,
+        dt_rank: int | None = None,
+        init_method: InitMethod = "real",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        n_layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.d_inner, self.d_state, self.d_conv = expand_factor * d_model, d_state, d_conv
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.init_method, self.dt_min, self.dt_max, self.n_layers = init_method, dt_min, dt_max, n_layers
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the weights; causal_conv computes
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        for parameter in (self.A_log, self.D):
+            parameter._optim = {"weight_decay": 0.0}  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        dt = torch.empty(self.d_inner).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp().clamp(min=1e-4)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            self.A_log.copy_(eigenvalues(self.init_method, 2 * self.d_state).abs().log().expand_as(self.A_log))
+            nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5)).div_(math.sqrt(self.n_layers))
+        nn.init.ones_(self.D)
+
+    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
+        before = (None, None) if state is None else (state["conv"], state["h"])
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, tail = causal_conv(u, self.conv1d.weight[:, 0].T, self.conv1d.bias, state=before[0], lengths=lengths)
+        u = F.silu(u)
+        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt = F.softplus(self.dt_proj(delta).float())
+        y, last = selective_scan(u, dt, -self.A_log.float().exp(), B, C, self.D, z, before[1], lengths)
+        return Output(self.out_proj(y), {"conv": tail.float(), "h": last} if "state" in want else None)
+
+    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        place = device or self.D.device
+        return {
+            "conv": torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=place),
+            "h": torch.zeros(batch_size, self.d_inner, self.d_state, device=place),
+        }

@@ -1,0 +1,91 @@
+"""S5: one state space for all channels, by a scan.      arXiv:2208.04933
+
+    h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A (B~ u_t),   y_t = 2 Re(C~ h_t) + D u_t,   then g = GELU(y), g * sigmoid(W g)
+
+B = batch, L = length, D = d_model, P = d_state / 2 conjugate pairs of `blocks` blocks of HiPPO-LegS; complex numbers as pairs (..., 2).
+State: {"h": (B, P, 2)} float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.layers.hippo import InitMethod, diagonal_legs, eigenvalues
+from lab.mixers.base import Mixer, Output, State
+from lab.mixers.s4d import reversed_rows
+from lab.ops import linear_recurrence
+from lab.ops.complex import divide, exp, expm1, multiply
+
+
+class S5Layer(Mixer):
+    """d_state: even in each of the `blocks`. The other arguments are those of S4DLayer."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        blocks: int = 1,
+        init_method: InitMethod = "legs",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        rate: float = 1.0,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        if blocks < 1 or d_state % (2 * blocks):
+            raise ValueError(f"S5Layer: d_state={d_state} must be a multiple of 2 blocks={2 * blocks}")
+        self.d_state, self.blocks, self.init_method = d_state, blocks, init_method
+        self.dt_min, self.dt_max, self.rate, self.bidirectional = dt_min, dt_max, rate, bidirectional
+        P = d_state // 2
+        self.log_dt = nn.Parameter(torch.empty(P))
+        self.log_A_re = nn.Parameter(torch.empty(P))  # A = -exp(log_A_re) + i A_im
+        self.A_im = nn.Parameter(torch.empty(P))
+        self.B = nn.Parameter(torch.empty(P, d_model, 2))
+        self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, P, 2))
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.gate = nn.Linear(d_model, d_model)
+        for parameter in (self.log_dt, self.log_A_re, self.A_im, self.B):
+            parameter._optim = {"weight_decay": 0.0, "lr": 1e-3}  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        size, D = self.d_state // self.blocks, len(self.D)
+        A = eigenvalues(self.init_method, size).repeat(self.blocks)
+        V = diagonal_legs(size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
+        B = torch.randn(self.blocks, size, D, dtype=torch.float64) / math.sqrt(D)
+        C = torch.randn(len(self.C), self.blocks, D, size, dtype=torch.float64) / math.sqrt(self.d_state)
+        with torch.no_grad():
+            self.log_A_re.copy_((-A.real).log())
+            self.A_im.copy_(A.imag)
+            self.B.copy_(torch.view_as_real((V.mH @ B.to(V.dtype)).flatten(0, 1)))
+            self.C.copy_(torch.view_as_real((C.to(V.dtype) @ V).transpose(1, 2).flatten(2, 3)))
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.normal_(self.D)
+
+    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
+        u, C = x.float(), self.C.float()
+        y, last = self.scan(u, C[0], None if state is None else state["h"], lengths)
+        if self.bidirectional:
+            if "state" in want:
+                raise ValueError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
+            y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
+        g = F.gelu(y + self.D.float() * u).to(x.dtype)
+        return Output(g * torch.sigmoid(self.gate(g)), {"h": last})
+
+    def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
+        A = torch.stack([-self.log_A_re.float().exp().clamp(min=1e-4), self.A_im.float()], -1)  # (P, 2)
+        w = (self.rate * self.log_dt.float().exp())[:, None] * A
+        B = self.B.float()
+        inputs = torch.stack([u @ B[..., 0].T, u @ B[..., 1].T], -1)  # (B, L, P, 2)
+        h, last = linear_recurrence(exp(w), multiply(divide(expm1(w), A), inputs), h0, lengths)
+        return 2 * (h[..., 0] @ C[..., 0].T - h[..., 1] @ C[..., 1].T), last
+
+    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        if self.bidirectional:
+            raise NotImplementedError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
+        return {"h": torch.zeros(batch_size, len(self.A_im), 2, device=device or self.D.device)}
