@@ -82,7 +82,7 @@ def lab_loop(experiment: Experiment, composed) -> float:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Run(folder)
-        fit(run, experiment, composed.stored, None, lambda: run.write_config(composed), [clock])
+        fit(run, experiment, composed.stored, None, lambda: run.write_config(composed), True, [clock])
     return clock.seconds / (experiment.max_steps - WARM_UP)
 
 
