@@ -4,7 +4,7 @@
 
 For each model: the same batches, model, optimiser, clipping and schedule in a bare PyTorch loop and in the whole training loop of
 lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the process
-CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small; validation and checkpoints are
+CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small; validation, monitoring and checkpoints are
 left out on both sides.
 """
 
@@ -42,7 +42,7 @@ MODELS = {
 WARM_UP = 20
 SHARED = (
     "experiment=copy_reverse_small", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000", "trainer.accelerator=cpu",
-    "task.n_val=64", "task.free_samples=0", "~callbacks.progress",
+    "task.n_val=64", "task.free_samples=0", "~callbacks.progress", "~callbacks.phases", "~callbacks.attention",
 )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def lab_loop(experiment: Experiment, composed) -> float:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Run(folder)
-        fit(run, experiment, composed.stored, None, lambda: run.write_config(composed), [clock])
+        fit(run, experiment, composed.stored, None, lambda: run.write_config(composed), True, [clock])
     return clock.seconds / (experiment.max_steps - WARM_UP)
 
 

@@ -19,7 +19,7 @@ from lab.training import train
 
 LIBRARY = "# größer\ndef function(x):\n    return x + 1\n" * 100
 WORDS = (
-    *(word for word in TINY if not word.startswith("task.")), "task=stdlib", "task.source=source", "task.path=data", "task.seq_len=16",
+    *(word for word in TINY if not word.startswith("task.")), "task=stdlib", "task.source=source", "task.seq_len=16",
     "task.val_bytes=256", "model=transformer", "~logger", "run_dir=text",
 )  # fmt: skip
 

@@ -274,7 +274,7 @@ CONFIG = {
     "optimizer": {"lr": 3e-4},
     "trainer": {"devices": 1, "max_steps": 5},
     "loss_weights": {},
-    "callbacks": {"progress": {"every": 1}},
+    "callbacks": {"bar": {"_target_": "lab.training.Progress", "every": 1}},
     "logger": {"a": 1},
     "seed": 1,
 }
@@ -299,8 +299,8 @@ def test_the_hash_of_a_config_stays_what_it_is():
     "same",
     [
         {"trainer__devices": 4}, {"trainer__accelerator": "gpu"}, {"trainer__strategy": "ddp"}, {"trainer__num_workers": 3},
-        {"trainer__log_every": 3}, {"trainer__checkpoint_every": 3}, {"logger": None}, {"callbacks__progress": None},
-        {"callbacks__progress__every": 7}, {"run_dir": "x"}, {"resume": "x"}, {"fresh": True}, {"seed": 1.0}, {"callbacks": {}},
+        {"trainer__log_every": 3}, {"trainer__checkpoint_every": 3}, {"logger": None}, {"callbacks__bar": None},
+        {"callbacks__bar__every": 7}, {"run_dir": "x"}, {"resume": "x"}, {"fresh": True}, {"seed": 1.0}, {"callbacks": {}},
     ],
 )  # fmt: skip
 def test_the_same_experiment(same):
@@ -377,3 +377,7 @@ def test_mistakes_in_the_real_configs(word, parts, monkeypatch):
         check_late(composed)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_callback_is_another_experiment_by_what_it_is_not_by_its_name():
+    assert config_hash(changed(callbacks__phases={"_target_": "mine.ChangesTraining"})) != config_hash(CONFIG)

@@ -111,6 +111,11 @@ def test_every_model_and_task_is_in_the_table():
             assert f"| `{file.stem}` |" in README, f"{group}={file.stem} is not in the README"
 
 
+def test_no_placeholder_is_left():
+    for document in DOCUMENTS:
+        assert not re.search(r"^[A-Z_]{8,}$|TODO|FIXME", document.read_text(), re.MULTILINE), document
+
+
 def test_every_page_is_linked():
     for page in DOCUMENTS[1:]:
         assert f"docs/{page.name}" in README, f"docs/{page.name} is not in the README"

@@ -9,8 +9,8 @@ import pytest
 from conftest import rows
 
 from lab.config import ConfigError
+from lab.files import by_step
 from lab.training import Run, resume
-from lab.training.files import by_step
 from lab.training.loggers import CsvTable, JsonLines
 
 

@@ -101,6 +101,11 @@ def test_a_folder_of_the_user_is_left_alone(tiny, words):
     (folder / "eval").mkdir(parents=True)
     for name in ("data.json", "notes.yaml", "config.yaml", "eval/keep.txt"):
         (folder / name).write_text("x")
+    Path("other/wandb").mkdir(parents=True)
+    Path("other/wandb/precious.txt").write_text("x")
+    with pytest.raises(RunError, match="other is not a run of lab, and not empty"):
+        tiny(*words, run_dir="other")
+    assert Path("other/wandb/precious.txt").exists()
     with pytest.raises(RunError, match="mine is not a run of lab, and not empty: choose another run_dir"):
         tiny(*words, run_dir="mine")
     assert sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != ".lock") == [
@@ -115,7 +120,10 @@ def test_starting_over_removes_what_the_run_wrote_and_nothing_else(tiny):
     run = tiny("trainer.max_steps=2")
     (run.path / "notes.txt").write_text("mine")
     (run.checkpoints / ".last.ckpt.1.tmp").write_text("half")
+    draft = run.path / "exports" / ".export.1.tmp"  # of an export at work, which holds no lock
+    draft.mkdir(parents=True)
     tiny("trainer.max_steps=3", "fresh=true")
+    assert draft.exists()
     assert (run.path / "notes.txt").read_text() == "mine" and run.job()["step"] == 3
     assert [row["step"] for row in rows("run") if "train/loss" in row] == [1, 2, 3]
     assert len(list(run.path.glob("events.out.tfevents.*"))) == 1 and not list(run.checkpoints.glob(".*"))

@@ -46,9 +46,11 @@ def put(path, text):
 
 
 @pytest.fixture
-def corpus(source, tmp_path):
+def corpus(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_DATA", str(tmp_path / "data"))
+
     def make(**changes):
-        return StandardLibrary(**{"seq_len": 64, "source": str(source), "path": str(tmp_path / "data"), **changes})
+        return StandardLibrary(**{"seq_len": 64, "source": str(source), **changes})
 
     return make
 
@@ -120,12 +122,13 @@ def test_what_is_damaged_is_made_anew(corpus, capsys, harm):
 
 
 PREPARE = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from lab.tasks import StandardLibrary
 sources, data, me, other = sys.argv[1:]
+os.environ["LAB_DATA"] = data
 for source in sorted(Path(sources).iterdir()):
-    task = StandardLibrary(source=str(source), path=data)
+    task = StandardLibrary(source=str(source))
     Path(data, f"{source.name}.{me}").touch()
     end = time.monotonic() + 60
     while not Path(data, f"{source.name}.{other}").exists():
@@ -154,13 +157,11 @@ def test_two_processes_prepare_at_once(tmp_path):
     assert not list(data.glob(".*")) and len(list(data.glob("*.bin"))) == len(list(data.glob("*.json"))) == 8
 
 
-def test_the_folder_is_the_path_else_lab_data(corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("LAB_DATA", str(tmp_path / "elsewhere"))
+def test_the_folder_is_lab_data_else_the_cache(corpus, tmp_path, monkeypatch):
     assert corpus().prepared.file.parent == tmp_path / "data"
-    assert corpus(path=None).prepared.file.parent == tmp_path / "elsewhere"
     monkeypatch.delenv("LAB_DATA")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert corpus(path=None).prepared.file.parent == tmp_path / "home/.cache/lab"
+    assert corpus().prepared.file.parent == tmp_path / "home/.cache/lab"
 
 
 @pytest.mark.parametrize(
@@ -178,10 +179,11 @@ def test_impossible_values_say_what_would_be_right(corpus, changes, sentence):
         corpus(**changes)
 
 
-def test_impossible_folders_say_what_would_be_right(corpus, tmp_path):
+def test_impossible_folders_say_what_would_be_right(corpus, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="task.path: stdlib cannot be prepared in .*file.*set task.path or LAB_DATA"):
-        _ = corpus(path=str(tmp_path / "file")).prepared
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="stdlib cannot be prepared in .*file.*let LAB_DATA name another"):
+        patch.setenv("LAB_DATA", str(tmp_path / "file"))
+        _ = corpus().prepared
     with pytest.raises(ConfigError, match="task.source: .*nowhere has no Python source files"):
         _ = corpus(source=str(tmp_path / "nowhere")).prepared
     put(tmp_path / "tiny/a.py", "a = 1\n")
@@ -311,7 +313,7 @@ WORDS = (
 @pytest.fixture
 def trained(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return train(compose([*WORDS, f"task.source={source}", "task.path=data"]))
+    return train(compose([*WORDS, f"task.source={source}"]))
 
 
 def test_a_run_reports_bits_per_byte(trained, source, command):
@@ -323,10 +325,10 @@ def test_a_run_reports_bits_per_byte(trained, source, command):
     assert {"train/bits_per_byte", "val/bits_per_byte"} <= {name for row in rows for name in row}
     assert not any("exact_match" in name for row in rows for name in row)
 
-    done = command("lab-eval", "run", "task.path=data", "task.eval_lengths=[1,2]", "task.eval_stride=8")
+    done = command("lab-eval", "run", "task.eval_lengths=[1,2]", "task.eval_stride=8")
     assert done.returncode == 0, done.stderr
     result = json.loads((trained.path / "eval" / "test-best.json").read_text())
-    task = StandardLibrary(source=str(source), path="data")
+    task = StandardLibrary(source=str(source))
     assert result["references"] == task.references("test")
     n = len(task.bytes_of("test"))
     assert result["data"] == {**task.facts(), "scored_bytes": n, "context": 32, "stride": 8}
@@ -337,7 +339,7 @@ def test_a_run_reports_bits_per_byte(trained, source, command):
 
 def test_it_learns_more_than_frequencies(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    longer = ["trainer.max_steps=200", "trainer.val_every=200", "trainer.batch_size=8", f"task.source={source}", "task.path=data"]
+    longer = ["trainer.max_steps=200", "trainer.val_every=200", "trainer.batch_size=8", f"task.source={source}"]
     run = train(compose([*WORDS, *longer]))
     logged = json.loads((run.path / "metrics.json").read_text())
     assert logged["metrics"]["bits_per_byte"] < 0.75 * logged["references"]["unigram"]
@@ -349,7 +351,7 @@ def test_other_bytes_than_those_of_training_are_refused(trained, source):
         evaluate_run("run", [], [])
     with pytest.raises(RunError, match="last.ckpt was trained on other data"):
         resume("run", ["trainer.max_steps=9"], [])
-    assert Run("run").job()["status"] == "done"
+    assert Run("run").job()["status"] == "done" and Run("run").config()["trainer"]["max_steps"] == 8, "a refused resume wrote"
 
 
 def test_a_model_is_loaded_without_its_data(trained, source):
@@ -358,9 +360,3 @@ def test_a_model_is_loaded_without_its_data(trained, source):
     source.rename(source.with_name("gone"))
     model, task, _ = lab.load("run")
     assert task.decode(task.encode("x")) == "x" and model.max_len == 32
-
-
-def test_where_the_bytes_lie_makes_no_other_experiment():
-    from lab.config import config_hash
-
-    assert config_hash(compose([*WORDS]).stored) == config_hash(compose([*WORDS, "task.path=elsewhere"]).stored)

@@ -27,7 +27,7 @@ from lab.training.run import job_path
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 from lab.config import compose
-from lab.training.files import write_json
+from lab.files import write_json
 from lab.training.run import Busy, Run
 
 def finish(run, composed, status="done", **more):

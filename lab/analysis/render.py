@@ -10,7 +10,7 @@ import sys
 from typing import Literal, TypeAlias
 
 from lab.analysis.report import Report, number
-from lab.training.files import strict
+from lab.files import strict
 
 Format: TypeAlias = Literal["rich", "markdown", "csv", "json"]
 FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".csv": "csv", ".json": "json"}

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lab.training.files import write_bytes
+from lab.files import write_bytes
 from lab.training.run import RunError
 
 

@@ -44,7 +44,7 @@ def _main(arguments: argparse.Namespace) -> None:
         from lab.analysis.render import FORMATS, render, show
         from lab.analysis.report import by_run, by_seed, rows
         from lab.config import ConfigError
-        from lab.training.files import write_text
+        from lab.files import write_text
 
     form, output = arguments.format, arguments.output
     if output and not form:

@@ -11,10 +11,11 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every",
-    "trainer.log_layer_grad_norms", "logger", "callbacks.progress", "callbacks.phases", "callbacks.attention", "task.path", "run_dir",
-    "resume", "fresh",
+    "trainer.log_layer_grad_norms", "logger", "run_dir", "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
+WATCHERS = ("lab.training.Progress", "lab.training.Phases", "lab.training.Attention")
+"""Callbacks that change nothing in what is trained."""
 
 
 def config_hash(stored: Mapping[str, Any]) -> str:
@@ -34,7 +35,9 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
 def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that make the experiment, by dotted key."""
-    values = {dotted(path): value for path, value in leaves(dict(config))}
+    callbacks = config.get("callbacks") or {}
+    kept = {name: node for name, node in callbacks.items() if node is not None and node.get("_target_") not in WATCHERS}
+    values = {dotted(path): value for path, value in leaves({**config, "callbacks": kept})}
     ours = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)}
     return {key: value for key, value in ours.items() if value != {}}  # callbacks without progress is callbacks without any
 

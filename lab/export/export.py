@@ -25,8 +25,8 @@ from lab.config import ConfigError
 from lab.export.formats import FORMATS
 from lab.export.graphs import Exported, graphs
 from lab.export.verify import verify
+from lab.files import sync_folder, write_json
 from lab.models import SequenceModel
-from lab.training.files import sync_folder, write_json
 from lab.training.load import check_config_file, find_checkpoint, load_checkpoint
 from lab.training.provenance import now
 from lab.training.run import Run

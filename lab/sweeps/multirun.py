@@ -41,10 +41,10 @@ from lab.analysis.render import render, show
 from lab.analysis.report import SWEEP, by_run, by_seed, rows
 from lab.config import ConfigError, check, compose, files
 from lab.config.overrides import SHELL, parse, quote
+from lab.files import write_json, write_text
 from lab.sweeps.job import Job
 from lab.sweeps.overview import Overview
 from lab.sweeps.pool import Pool
-from lab.training.files import write_json, write_text
 from lab.training.provenance import now
 from lab.training.run import RunError
 

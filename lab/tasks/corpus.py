@@ -9,7 +9,7 @@ only what no window before it has scored, so that a byte has at least seq_len - 
 moved back to end with the split: all windows are of one length. Training takes the windows of stride seq_len, shuffled in each epoch.
 
 The prepared bytes are one file, train, val and test in a row, and a JSON beside it that says what they are. Both are written once, to the
-data folder: `task.path`, or LAB_DATA, or ~/.cache/lab. They are read through a memory map.
+data folder: LAB_DATA, or ~/.cache/lab. They are read through a memory map.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from lab.config import ConfigError
+from lab.files import write_bytes
 from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task
 
 START = 10  # a newline: what comes before the first byte of a split
@@ -57,7 +58,6 @@ class ByteCorpus(Task):
         self,
         vocab_size: int = 256,
         seq_len: int = 256,
-        path: str | None = None,
         val_bytes: int | None = 65536,
         eval_stride: int | None = None,
         eval_lengths: Sequence[int] = (1,),
@@ -74,7 +74,7 @@ class ByteCorpus(Task):
             raise ValueError(f"task.eval_lengths must be multiples of seq_len from 1 on, got {list(eval_lengths)}")
         self.vocab_size, self.seq_len, self.val_bytes = vocab_size, seq_len, val_bytes
         self.eval_stride = seq_len if eval_stride is None else eval_stride
-        self.folder = Path(path or os.environ.get("LAB_DATA") or "~/.cache/lab").expanduser()
+        self.folder = Path(os.environ.get("LAB_DATA") or "~/.cache/lab").expanduser()
         self.eval_lengths = tuple(eval_lengths)
 
     @abstractmethod
@@ -206,13 +206,13 @@ def prepare(folder: Path, name: str, key: str, read: Callable[[], tuple[dict[str
     splits = {split: [ends[i], ends[i + 1]] for i, split in enumerate(SPLITS)}
     facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **facts}
     try:
-        _write(stem.with_suffix(".bin"), content)
-        _write(stem.with_suffix(".json"), json.dumps({"facts": facts, "splits": splits}, indent=1).encode())
+        write_bytes(stem.with_suffix(".bin"), content)
+        write_bytes(stem.with_suffix(".json"), json.dumps({"facts": facts, "splits": splits}, indent=1).encode())
     except OSError as error:
-        raise ConfigError(f"task.path: {name} cannot be prepared in {folder} ({error.strerror}): set task.path or LAB_DATA") from error
+        raise ConfigError(f"task: {name} cannot be prepared in {folder} ({error.strerror}): let LAB_DATA name another folder") from error
     found = _open(stem)
     if found is None:
-        raise ConfigError(f"task.path: {stem}.bin is not what was just written to it: is the disk full, or is another program there?")
+        raise ConfigError(f"task: {stem}.bin is not what was just written to it: is the disk full, or is another program there?")
     return found
 
 
@@ -231,17 +231,3 @@ def _open(stem: Path) -> Prepared | None:
         print(f"{file} is damaged, or of something else: it is made anew", file=sys.stderr, flush=True)
         return None
     return Prepared(file, facts, splits)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

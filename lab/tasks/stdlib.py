@@ -42,12 +42,11 @@ class StandardLibrary(ByteCorpus):
         vocab_size: int = 256,
         seq_len: int = 256,
         source: str | None = None,
-        path: str | None = None,
         val_bytes: int | None = 65536,
         eval_stride: int | None = None,
         eval_lengths: Sequence[int] = (1,),
     ) -> None:
-        super().__init__(vocab_size, seq_len, path, val_bytes, eval_stride, eval_lengths)
+        super().__init__(vocab_size, seq_len, val_bytes, eval_stride, eval_lengths)
         self.source = Path(source or sysconfig.get_path("stdlib")).expanduser()
 
     @cached_property

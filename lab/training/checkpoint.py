@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from lab.training.files import sync_folder, unlike
+from lab.files import sync_folder, unlike
 from lab.training.run import RunError
 
 CHECKPOINT = {"lab": dict, "state_dict": dict, "global_step": int}

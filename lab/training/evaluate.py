@@ -10,11 +10,11 @@ import torch
 from lab import ops
 from lab.config import ConfigError
 from lab.config.errors import nearest
+from lab.files import write_json
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
-from lab.training.files import write_json
 from lab.training.load import check_config_file, check_same_data, find_checkpoint, load_checkpoint
 from lab.training.run import Run, RunError
 

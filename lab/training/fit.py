@@ -16,12 +16,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from lab.config import ConfigError, MistakeError, config_hash
+from lab.files import write_json
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lab.training.document import metrics_document
 from lab.training.experiment import Experiment, build_node
-from lab.training.files import write_json
 from lab.training.load import check_same_data
 from lab.training.loggers import JsonLines
 from lab.training.module import LabModule
@@ -53,12 +53,14 @@ def fit(
     stored: dict[str, Any],
     trust: list[str] | None,
     begin: Callable[[], None],
+    anew: bool,
     extra_callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Trains from the run's last checkpoint, or from the start, to max_steps. Writes job.json and metrics.json.
 
     stored: the config with its environment variables unresolved, as it goes into each checkpoint. begin: what the first process does
-    to the folder, after everything that can be wrong with the config has been found. extra_callbacks: from Python.
+    to the folder, after everything that can be wrong has been found. anew: whatever the folder holds is not gone on with.
+    extra_callbacks: from Python.
     """
     checkpoints = Checkpoints(run, experiment.trainer.checkpoint_every)
     try:
@@ -68,15 +70,9 @@ def fit(
         loaders = _loaders(experiment, trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise MistakeError(("trainer",), str(error).splitlines()[0]) from error
+    first_step = 0 if anew or not run.last.exists() else _check_checkpoint(run, experiment)
     if trainer.is_global_zero:
         begin()
-    first_step = 0
-    if run.last.exists():
-        checkpoint = read_checkpoint(run.last)
-        check_same_data(run.last, checkpoint["lab"], experiment.task)
-        first_step = checkpoint["global_step"]
-    if first_step > experiment.max_steps:
-        raise ConfigError(f"{run.path} is at step {first_step}: trainer.max_steps cannot be {experiment.max_steps}")
     trainer.loggers = [JsonLines(run.path, first_step), *([logger.build(run.path, first_step)] if logger else [])]
     module = _module(run, experiment, stored)
     if trainer.is_global_zero:
@@ -85,6 +81,16 @@ def fit(
         trainer.fit(module, *loaders, ckpt_path=run.last if first_step else None)
         if trainer.is_global_zero:
             _finish(run, experiment, module, checkpoints)
+
+
+def _check_checkpoint(run: Run, experiment: Experiment) -> int:
+    """The step of the checkpoint that training goes on from; an error where it cannot."""
+    checkpoint = read_checkpoint(run.last)
+    check_same_data(run.last, checkpoint["lab"], experiment.task)
+    step = checkpoint["global_step"]
+    if step > experiment.max_steps:
+        raise ConfigError(f"{run.path} is at step {step}: trainer.max_steps cannot be {experiment.max_steps}")
+    return step
 
 
 def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabModule:

@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lab.config import ConfigError
-from lab.training.files import by_step, read_rows, strict, write_text
+from lab.files import by_step, read_rows, strict, write_text
 from lab.training.run import Run
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lab.config import ConfigError, config_hash
-from lab.training.files import by_step, read_rows, unlike, write_json, write_text
+from lab.files import by_step, read_rows, unlike, write_json, write_text
 from lab.training.provenance import code_version, environment, git_state, now
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from lab.models import SequenceModel
 
 LOG, LOCK = "job.log", ".lock"
-OWN_FOLDERS = ("checkpoints", "eval", "exports", "phases", "attention")
+LOCKED_FOLDERS = ("checkpoints", "phases", "attention")  # written by the holder of the lock alone
+OWN_FOLDERS = (*LOCKED_FOLDERS, "eval", "exports")
 OWN_FILES = (
     LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
     "metrics.csv", "phases/*.npz", "phases/.*.tmp", "attention/*.npz", "attention/.*.tmp",
@@ -165,8 +166,8 @@ class Run:
 
     def clear(self) -> None:
         """Removes what a run wrote, and nothing else that lies in the folder. RunError, and nothing removed, if it is not a run's."""
-        wandb = self.path / "wandb"  # a tree of W&B's own making
-        files = [file for file in self.path.rglob("*") if not file.is_dir() and wandb not in file.parents]
+        wandb = self.path / "wandb"  # a tree of W&B's own making, in a run
+        files = [file for file in self.path.rglob("*") if not file.is_dir() and (wandb not in file.parents or not self.exists())]
         ours = [file for file in files if any(file.relative_to(self.path).match(pattern) for pattern in OWN_FILES)]
         if not self.exists() and (len(ours) < len(files) or (self.path / "config.yaml").exists()):
             raise RunError(f"{self.path} is not a run of lab, and not empty: choose another run_dir")
@@ -247,7 +248,7 @@ class Run:
             # A forked loader worker would keep the lock for seconds after a kill -9 of its parent; closing its copy frees nothing here.
             os.register_at_fork(after_in_child=lock.close)
             self._writing = True
-            for folder in (self.path, *(self.path / name for name in OWN_FOLDERS)):
+            for folder in (self.path, *(self.path / name for name in LOCKED_FOLDERS)):
                 for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
                     leftover.unlink()
             try:

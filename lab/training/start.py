@@ -52,7 +52,7 @@ def _train(composed: Composed) -> Run:
                 run.clear()
                 run.write_config(composed)
 
-        _fit(run, experiment, composed, begin, None)
+        _fit(run, experiment, composed, begin, None, anew)
     return run
 
 
@@ -89,17 +89,19 @@ def _resume(run: Run, composed: Composed, overrides: list[str], trust: list[str]
                 print(f"with {' '.join(overrides)}: the schedule of the learning rate is now that of {experiment.max_steps} steps")
             _warn_of_other_code(run)
 
-        _fit(run, experiment, composed, begin, trust)
+        _fit(run, experiment, composed, begin, trust, anew=False)
     return run
 
 
-def _fit(run: Run, experiment: Experiment, composed: Composed, begin: Callable[[], None], trust: list[str] | None) -> None:
+def _fit(
+    run: Run, experiment: Experiment, composed: Composed, begin: Callable[[], None], trust: list[str] | None, anew: bool
+) -> None:  # fmt: skip
     from lab.training.fit import fit
 
     check_late(composed, trust=trust)
     os.environ[FOLDER_VARIABLE] = str(run.path.resolve())
     try:
-        fit(run, experiment, composed.stored, trust, begin)
+        fit(run, experiment, composed.stored, trust, begin, anew)
     finally:
         del os.environ[FOLDER_VARIABLE]
 
