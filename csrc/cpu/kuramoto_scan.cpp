@@ -99,10 +99,9 @@ template <class F> void over_rows(int64_t B, int64_t threads, F f) {
 
 }  // namespace
 
-// kuramoto_pitch: how long the rows must be. Forward, pull[j][i] = P_ij; backward, pull[j][i] = W_ij, push[i][k] = P_ik, gain
+// Forward, pull[j][i] = P_ij; backward, pull[j][i] = W_ij, push[i][k] = P_ik, gain
 // (pitch), of_kappa (B, pitch).
 #define DEFINE(NAME, T)                                                                                                                   \
-  EXPORT int64_t kuramoto_pitch_##NAME(int64_t H) { return (H + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }                                    \
   EXPORT void kuramoto_scan_##NAME(T* phases, const T* pull, int64_t B, int64_t L, int64_t H, int64_t pitch, int64_t threads) {           \
     over_rows(B, threads, [=](int64_t b, int64_t rows) { forward(phases + b * (L + 1) * pitch, pull, rows, L, H, pitch); });                  \
   }                                                                                                                                       \

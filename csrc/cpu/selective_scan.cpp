@@ -210,12 +210,9 @@ void backward_all(
 
 }  // namespace
 
-// starts: null without gradients, else space for selective_scan_starts(...) numbers. Per row come gA (Bt, E, N) and gD (Bt, E), per row and
+// starts: null without gradients, else (Bt, tiles, chunks, N, WIDTH). Per row come gA (Bt, E, N) and gD (Bt, E), per row and
 // part gB and gC (splits, Bt, L, N); the caller adds them up. gA is the gradient of A itself, not of A log2(e).
 #define DEFINE(NAME, T)                                                                                                                   \
-  EXPORT int64_t selective_scan_starts_##NAME(int64_t Bt, int64_t L, int64_t E, int64_t N) {                                              \
-    return Bt * ((E + WIDTH<T> - 1) / WIDTH<T>) * ((L + CHUNK - 1) / CHUNK) * N * WIDTH<T>;                                               \
-  }                                                                                                                                       \
   EXPORT void selective_scan_##NAME(                                                                                                      \
       const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D, const T* h0, T* y, T* last, T* starts, int64_t Bt,         \
       int64_t L, int64_t E, int64_t N, int64_t threads) {                                                                                 \

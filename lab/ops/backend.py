@@ -73,7 +73,7 @@ class Op:
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
-            if forced is None and not torch.compiler.is_compiling() and backend.name not in self.said:
+            if forced is None and not recording() and backend.name not in self.said:
                 self.said.add(backend.name)
                 log.warning("op %s does not use backend %s: %s", self.name, backend.name, reason)
         raise RuntimeError(f"op {self.name}: no {'' if forced is None else 'forced '}backend can compute this ({'; '.join(reasons)})")

@@ -52,6 +52,12 @@ def cpu_flags() -> set[str]:
 
 
 LIBRARY, SAYS = load()  # what was loaded, and its instruction set or the reason why there is none
+VECTOR_BYTES = LIBRARY.vector_bytes() if LIBRARY is not None else 0
+
+
+def width(dtype: torch.dtype) -> int:
+    """How many numbers of a real dtype a vector of the loaded library holds; some buffers are laid out in whole vectors."""
+    return VECTOR_BYTES // dtype.itemsize
 
 
 def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> str | None:

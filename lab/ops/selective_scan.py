@@ -44,10 +44,9 @@ def selective_scan(
         if t is not None and t.shape != shape:
             given = f"u {tuple(u.shape)} and A {tuple(A.shape)}"
             raise ValueError(f"selective_scan: with {given}, {name} must be {shape}, got {tuple(t.shape)}")
-    real = torch.float32
-    for t in (u, dt, A, B, C, D, h0):
-        real = real if t is None else torch.promote_types(real, t.dtype).to_real()
-    state = real.to_complex() if A.is_complex() else real
+    double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in (u, dt, A, B, C, D, h0))
+    real = torch.float64 if double else torch.float32
+    state = (torch.complex128 if double else torch.complex64) if A.is_complex() else real
     if lengths is not None:  # with dt = 0 a step keeps the state
         dt = dt * (torch.arange(L, device=dt.device) < lengths.to(dt.device)[:, None])[..., None]
     start = torch.zeros(Bt, E, N, dtype=state, device=u.device) if h0 is None else h0.to(state)
@@ -121,6 +120,12 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.jit.script(loop)
 
 
+def native_starts(u: Tensor, N: int) -> tuple[int, ...]:
+    """The shape in which the kernel keeps the state of every 16th step: tiles of vectors of channels."""
+    (Bt, L, E), W = u.shape, native.width(u.dtype)
+    return Bt, -(-E // W), -(-L // 16), N, W
+
+
 # The opaque operator and its gradient. `starts` holds what the backward pass needs of the forward one: the state at the beginning of each
 # chunk, in the layout of the backend.
 
@@ -133,7 +138,7 @@ def forward_op(
     if backend == "native":
         u, dt, B, C, D, h0 = (t.contiguous() for t in (u, dt, B, C, D, h0))
         y, last = torch.empty_like(u), torch.empty_like(h0)
-        starts = u.new_empty(native.function(f"selective_scan_starts_{native.NAMES[u.dtype]}")(Bt, L, E, N) if keep else 0)
+        starts = u.new_empty(native_starts(u, N) if keep else 0)
         native.call("selective_scan", u.dtype, u, dt, base_2(A), B, C, D, h0, y, last, starts if keep else None, Bt, L, E, N)
         return y, last, starts
     h, ys, kept = h0, [D * u[:, :0]], [h0]
@@ -150,8 +155,10 @@ def forward_op(
 def _(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor, backend: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = torch.library.get_ctx().new_dynamic_size() if backend == "native" else 1 + math.ceil(u.shape[1] / CHUNK)
-    starts = u.new_empty(kept) if backend == "native" else h0.new_empty(kept, *h0.shape)
+    if backend == "native":
+        starts = u.new_empty(native_starts(u, A.shape[1]) if keep else 0)
+    else:
+        starts = h0.new_empty(1 + -(-u.shape[1] // CHUNK), *h0.shape)
     return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h0), starts
 
 
