@@ -4,8 +4,8 @@
 
 For each model: the same batches, model, optimiser, clipping and schedule in a bare PyTorch loop and in the whole training loop of
 lab-train (Lightning, metrics.jsonl and TensorBoard every 20 steps), in turn, several times in one process; medians of the process
-CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small; validation, monitoring and checkpoints are
-left out on both sides.
+CPU time per step, which other programs disturb least. Overrides apply to experiment=copy_reverse_small; validation, monitoring and
+checkpoints are left out on both sides.
 """
 
 from __future__ import annotations

@@ -284,8 +284,8 @@ def test_the_learning_rate(schedule):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({}, "exactly one of max_steps and max_epochs"),
-        ({"max_steps": 1, "max_epochs": 1}, "exactly one of max_steps and max_epochs"),
+        ({}, "trainer needs max_steps or max_epochs"),
+        ({"max_steps": 1, "max_epochs": 1}, "only one of max_steps and max_epochs"),
         ({"max_steps": 0}, "trainer.max_steps must be at least 1, got 0"),
         ({"max_steps": 1, "grad_clip": 0.0}, "trainer.grad_clip must be above 0"),
         ({"max_steps": 1, "ema": 1.0}, "trainer.ema must be between 0 and 1"),

@@ -133,7 +133,9 @@ def _check_node(key: Key, node: dict[str, Any], annotation: Any) -> None:
         elif argument in named or argument in RESERVED or open_ended:
             _check_value((*key, argument), value, Any)
         else:
-            raise UnknownNameError((*key, argument), f"{name} has no such argument", [*named, *RESERVED])
+            raise UnknownNameError(
+                (*key, argument), f"{name} has no such argument", [*named, *(RESERVED if argument.startswith("_") else ())]
+            )
     positional = len(node.get("_args_", ()))
     for argument, parameter in list(named.items())[positional:]:
         if argument not in node and parameter.default is parameter.empty and not node.get("_partial_", False):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from lab import ops
 from lab.models import SequenceModel
 from lab.training.provenance import environment
@@ -33,5 +35,5 @@ def metrics_document(
         "git_commit": identity["git_commit"],
         "seed": seed,
         "backends": ops.used(),
-        "env": environment(),
+        "env": environment() | {"threads": str(torch.get_num_threads())},
     }

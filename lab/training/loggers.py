@@ -130,7 +130,7 @@ class Wandb:
     def __init__(self, project: str = "lab", entity: str | None = None, name: str | None = None) -> None:
         self.project, self.entity, self.name = project, entity, name
         if find_spec("wandb") is None:
-            raise ConfigError("logger=wandb needs the package wandb, which is not installed: pip install 'lab[wandb]'")
+            raise ConfigError("logger=wandb needs the package wandb, which is not installed: pip install wandb")
         import wandb
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:

@@ -92,6 +92,9 @@ class Run:
             raise RunError(f"{path}: not a run of lab, it lacks config.yaml or hparams.yaml")
         return run
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     def exists(self) -> bool:
         return (self.path / "config.yaml").is_file() and (self.path / "hparams.yaml").is_file()
 

@@ -32,8 +32,10 @@ class Settings:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.max_steps is None) == (self.max_epochs is None):
-            raise ValueError("trainer needs exactly one of max_steps and max_epochs: set one, and the other to null")
+        if self.max_steps is None and self.max_epochs is None:
+            raise ValueError("trainer needs max_steps or max_epochs; an experiment sets one, such as experiment=copy_reverse_small")
+        if self.max_steps is not None and self.max_epochs is not None:
+            raise ValueError("trainer needs only one of max_steps and max_epochs: set the other to null")
         for name in ("max_steps", "max_epochs", "batch_size", "accumulate", "val_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
