@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.ops import native
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,7 +34,14 @@ def test_the_wheel_holds_every_file(installed):
     for folder in ("configs", "experiments"):
         wanted |= {Path("lab") / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.yaml")}
     got = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
-    assert wanted == {path for path in got if path.parts[0] == "lab"}
+    assert wanted == {path for path in got if path.parts[0] == "lab" and path.suffix != ".so"}
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="there is no compiler")
+def test_the_wheel_holds_the_kernels_for_any_python(installed):
+    assert {path.stem for path in (installed / "lab/ops").glob("*.so")} >= {f"cpu_{native.SAYS}"}
+    (metadata,) = installed.glob("*.dist-info/WHEEL")
+    assert "Tag: py3-none-" in metadata.read_text()
 
 
 def test_the_wheel_trains_in_an_empty_folder(installed, tmp_path):

@@ -81,6 +81,15 @@ def write_torchscript(exported: Exported, files: Mapping[str, Path]) -> None:
             torch.jit.trace(graph.module, graph.example, check_trace=False).save(str(files[graph.name]))
 
 
+def forget_shapes(graph: Any) -> None:
+    """Removes the recorded shapes of inner values: those of a Fourier transform are wrong where the length is free (onnxruntime refuses)."""
+    kept = set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value not in kept:
+                value.shape = None
+
+
 def write_onnx(exported: Exported, files: Mapping[str, Path]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -99,6 +108,7 @@ def write_onnx(exported: Exported, files: Mapping[str, Path]) -> None:
                 verbose=False,
             )
             assert program is not None
+            forget_shapes(program.model.graph)
             program.save(files[name], external_data=False)
             if name == "prefill":
                 del program.model.graph.outputs[1:]
