@@ -82,7 +82,7 @@ def write_torchscript(exported: Exported, files: Mapping[str, Path]) -> None:
 
 
 def forget_shapes(graph: Any) -> None:
-    """Removes the recorded shapes of inner values: those of a Fourier transform are wrong where the length is free (onnxruntime refuses)."""
+    """Removes the recorded shapes of inner values: those of a Fourier transform are wrong where the length is free."""
     kept = set(graph.outputs)
     for node in graph:
         for value in node.outputs:
