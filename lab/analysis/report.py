@@ -236,13 +236,13 @@ def by_run(found: list[Row]) -> Report:
 
 def by_seed(found: list[Row]) -> Report:
     """A line for each experiment, over its seeds: how many are done, then mean and sample standard deviation of each score of those."""
-    sha256 = {row.experiment: row.sha256 for row in found if row.sha256}  # of a run that has no scores yet: as the others
+    sha256 = {row.experiment: row.sha256 for row in reversed(found) if row.sha256}  # a run without scores goes with the first that has
     groups: dict[tuple[str, str | None], list[Row]] = {}
     for row in found:
         groups.setdefault((row.experiment, row.sha256 or sha256.get(row.experiment)), []).append(row)
     differing = [key for key in differences(found) if key != "seed"]
     tests, evaluated = _names(row.test for row in found), _differing_evaluations(found)
-    lines, means, kept = [], [], []
+    lines, means, kept, mixed = [], [], [], False
     for rows_of_one in groups.values():
         group = _one_of_each_seed(rows_of_one)
         first, done = group[0], [row for row in group if row.status == "done"]
@@ -255,7 +255,10 @@ def by_seed(found: list[Row]) -> Report:
         line |= {"test n": len(tested)} if tests else {}
         for name in tests:
             line |= _mean(f"test {name}", [row.test.get(name) for row in tested] if alike else [])
-        line |= {f"test {name}": ", ".join(dict.fromkeys(str(row.test_data.get(name)) for row in tested)) for name in evaluated}
+        for name in evaluated:
+            ways = list(dict.fromkeys(row.test_data[name] for row in tested if name in row.test_data))
+            line[f"test {name}"] = ways[0] if len(ways) == 1 else ", ".join(map(str, ways))
+        mixed |= not alike
         if _several(_codes(done)):
             line["code"] = "several versions"
         lines.append(line | {"words": None if first.config else first.words})
@@ -270,7 +273,7 @@ def by_seed(found: list[Row]) -> Report:
         notes.append("test n: those of them that are evaluated")
     if len(kept) < len(found):
         notes.append(f"left out: {len(found) - len(kept)} of the same experiment and seed in another folder; the newest one counts")
-    if evaluated:
+    if mixed:
         notes.append("test scores that were taken in different ways are not averaged")
     report = _report(lines, kept)
     return replace(report, notes=[*report.notes, *notes])

@@ -42,9 +42,7 @@ class LabModule(pl.LightningModule):
         self.model, self.task, self.optimizer, self.weights, self.settings = model, task, optimizer, weights, settings
         self.max_steps, self.seed, self.identity = max_steps, seed, identity
         self.evaluation = Evaluation(task, model, task.free_samples)
-        self.validation: dict[
-            str, float
-        ] = {}  # the metrics of the last validation, as they are logged; Lightning rounds its copy to float32
+        self.validation: dict[str, float] = {}  # of the last one, in full; Lightning rounds its copy to float32
         self.by_position: list[float | None] = []  # of the last validation
         self.received_signal = 0  # by this process
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
