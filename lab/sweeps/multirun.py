@@ -126,6 +126,8 @@ class Sweep:
     def run(self, batch: Sequence[Sequence[str]], n_jobs: int) -> list[float]:
         """Runs the jobs, n_jobs at a time, those that are the same experiment once; the score of each, which a sweeper minimises."""
         jobs = [self.job(own) for own in batch]
+        if not jobs:
+            return []
         distinct = list({job.path: job for job in reversed(jobs)}.values())[::-1]
         if len(distinct) < len(jobs):
             print(f"{len(jobs)} jobs, of which {len(distinct)} are different experiments; those are run")
