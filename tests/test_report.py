@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -245,6 +246,26 @@ def test_the_best_validation_is_the_first_of_the_lowest():
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "val/ce_loss": null}\n{"step": 60, "val/ce_loss": 0.1')  # cut off by a kill
     assert best_validation(folder) == {"step": 30, "val/ce_loss": 0.2}
+
+
+def test_the_best_validation_is_chosen_by_all_digits(tmp_path):
+    """As lab-report reads it from metrics.jsonl: two losses may be one float32."""
+    import torch
+
+    from lab.training.callbacks import Checkpoints
+
+    checkpoints, losses = Checkpoints(Run(tmp_path), every=100), (0.5, 0.5 - 1e-12, 0.5 - 1e-12)
+    assert len(set(map(float, torch.tensor(losses)))) == 1
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, loss in enumerate(losses, 1):
+            metrics = {"val/ce_loss": loss}
+            rounded = {name: torch.tensor(value) for name, value in metrics.items()}
+            trainer = SimpleNamespace(
+                callback_metrics=rounded, global_step=step, max_steps=9, is_global_zero=False, save_checkpoint=lambda path: None
+            )
+            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, by_position=[], stop_signal=0))
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    assert checkpoints.best["step"] == best_validation(tmp_path)["step"] == 2
 
 
 def test_formats(capsys):

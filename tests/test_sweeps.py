@@ -212,17 +212,6 @@ def test_an_error_of_the_sweep_itself_leaves_no_process_unwatched(plan):
     assert [process.popen.returncode for process in workers.processes] == [-signal.SIGTERM]
 
 
-def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
-    """nohup lab-train -m ..."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with pool.Pool(1, overview.Overview(1), lambda job, reason: None)._signals():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_an_evaluation_that_was_told_otherwise_does_not_count(plan):
     assert sweep("seed=1") == 0 and calls() == ["train 1", "eval"]
     file, seq_len = path("seed=1") / "eval" / "test-best.json", compose([]).config["task"]["seq_len"]
@@ -352,18 +341,6 @@ def test_a_mistake_is_told_before_any_job_starts(jobs, capsys, words, sentence):
 
 
 # ----------------------------------------------------------------------- processes
-
-
-def test_each_process_has_its_share_of_the_machine(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "cores", lambda: 8)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    shares = [pool.environment(slot, n_jobs) for n_jobs in (1, 2, 6) for slot in range(n_jobs)]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["4,5,6,7", "4,5", "6,7", "4", "5", "6", "7", "4", "5"]
-    assert [share["OMP_NUM_THREADS"] for share in shares] == ["8", "4", "4", "1", "1", "1", "1", "1", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(pool.environment(0, 2))
 
 
 def test_a_run_that_begins_anew_keeps_its_lock_and_its_log(tmp_path):

@@ -7,18 +7,15 @@ import logging
 import math
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import KILLER, TINY, rows, tensors
 
-from lab.analysis.report import best_validation
 from lab.config import ConfigError, compose
 from lab.mixers import Lattice
 from lab.models import Stack
 from lab.training import AdamW, Run, RunError, Settings, train
-from lab.training.callbacks import Checkpoints
 from lab.training.experiment import prepare
 from lab.training.loss_weights import LossWeight, parse_loss_weights
 from lab.training.optimizer import parameter_groups
@@ -113,22 +110,6 @@ def test_early_stopping_ends_a_run_that_can_go_on(tiny):
     assert run.job()["status"] == "done" and run.job()["step"] == 6 and "before step 12" in run.job()["reason"]
     assert torch.load(run.last, weights_only=True)["global_step"] == 6
     assert (run.path / "metrics.json").exists()
-
-
-def test_the_best_validation_is_chosen_by_all_digits(tmp_path):
-    """As lab-report reads it from metrics.jsonl: two losses may be one float32."""
-    checkpoints, losses = Checkpoints(Run(tmp_path), every=100), (0.5, 0.5 - 1e-12, 0.5 - 1e-12)
-    assert len(set(map(float, torch.tensor(losses)))) == 1
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step, loss in enumerate(losses, 1):
-            metrics = {"val/ce_loss": loss}
-            rounded = {name: torch.tensor(value) for name, value in metrics.items()}
-            trainer = SimpleNamespace(
-                callback_metrics=rounded, global_step=step, max_steps=9, is_global_zero=False, save_checkpoint=lambda path: None
-            )
-            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, by_position=[], stop_signal=0))
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-    assert checkpoints.best["step"] == best_validation(tmp_path)["step"] == 2
 
 
 def test_a_window_without_scored_tokens_is_no_failure(tiny, tmp_path, monkeypatch):
