@@ -113,7 +113,9 @@ def test_best_or_last(say, folder, monkeypatch):
     [
         ("héß€🙂x".encode(), ["h", "é", "ß", "€", "🙂", "x", "\n"]),
         (b"a\xe2\x82", ["a", "\ufffd\n"]),
-        (b"\xff\xfe\xe2\x82\xac.", ["\ufffd\ufffd€", ".", "\n"]),
+        (b"\xff\xfe\xe2\x82\xac.", ["\ufffd", "\ufffd", "€", ".", "\n"]),
+        (b"\x80" * 50, ["\ufffd"] * 49 + ["\ufffd\n"]),
+        (b"\xef\xbf\xbd\xf0\x9f\x99(", ["\ufffd", "\ufffd(", "\n"]),
         (b"", ["\n"]),
     ],
 )
@@ -130,6 +132,19 @@ def test_text_comes_in_whole_characters(monkeypatch, tokens, pieces):
     task = type("Text", (ByteCorpus,), {"key": None, "read": None})()
     generate._print(iter(tokens), task)
     assert written == pieces
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\\x1b[2J\\x9b\té\n"), (False, "a\x1b[2J\x9b\té\n")])
+def test_control_characters_do_not_reach_a_terminal(monkeypatch, terminal, shown):
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    generate._write("a\x1b[2J\x9b\té\n")
+    assert out.buffer.getvalue().decode() == shown
+
+
+def test_the_longest_seed_is_fine(say):
+    assert say("ids", "--prompt", "5", "--temperature", "1", "--seed", str(2**64 - 1), "--max-new-tokens", "1")[0] == 0
 
 
 def test_tokens_are_printed_as_they_come(say, monkeypatch):
@@ -178,6 +193,8 @@ def test_a_command_with_bytes_that_are_no_text(folder, command):
         (["ids", "--prompt", "5", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
         (["ids", "--prompt", "5", "--top-k", "3"], "--top-k and --top-p choose among tokens that are sampled: they need a --temperature"),
         (["ids", "--prompt", "5", "--temperature", "1", "--top-p", "2"], "top_p=2.0 must lie in (0, 1]"),
+        (["ids", "--prompt", "5", "--stop-token", "12"], "--stop-token 12: the tokens of CopyReverse are 0 to 11"),
+        (["ids", "--prompt", "5", "--seed", str(2**64)], "--seed must lie in 0 to 2^64 - 1, got 18446744073709551616"),
         (["ids", "checkpoint=first", "--prompt", "5"], "checkpoint=first: of a run, only checkpoint=best or checkpoint=last"),
         (["checkpoint=last", "--prompt", "5"], "the run or checkpoint comes first"),
         (["nowhere", "--prompt", "5"], "nowhere: there is no such run folder"),

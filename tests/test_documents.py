@@ -48,6 +48,7 @@ def short(words: list[str]) -> list[str]:
     return [*words, *(word for word in SHORT if not (own_task and word.startswith("task.")))]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)

@@ -19,13 +19,17 @@ from test_models import MODELS, V, from_yaml, lattice
 from torch import nn
 
 import lab
+from lab import ops
 from lab.analysis.conformance import randomise
 from lab.cli.export import main
 from lab.config import ConfigError, compose
 from lab.export import FORMATS, export_model, export_run, formats, isolated, verify
+from lab.export import export as export_module
 from lab.export.graphs import graphs
 from lab.mixers import Attention, Mixer, Output
 from lab.models import Stack, initialise
+from lab.ops import backend
+from lab.tasks import ByteCorpus, CopyReverse
 from lab.training import RunError, train
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +115,12 @@ def test_pt2_exports_in_the_fast_suite_too(tmp_path):
         program(torch.zeros(1, 25, dtype=torch.long))
 
 
+@pytest.mark.parametrize("phase_mode", ["gain", "literal"])  # wave: the run below
+def test_phase_modes_export_to_onnx_in_the_fast_suite_too(phase_mode, tmp_path):
+    mixer = partial(lab.mixers.Lattice, n_heads=2, phase_mode=phase_mode, n_steps=2)
+    check(export(Stack(V, 8, 1, mixer, max_len=12), "onnx", tmp_path, 12))
+
+
 # A run, exported once to ONNX by the command.
 
 
@@ -138,7 +148,10 @@ def test_the_manifest_says_what_was_written(run):
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert manifest["config"] == checkpoint["lab"]["config"] and manifest["config_hash"] == checkpoint["lab"]["config_hash"]
     assert (manifest["step"], manifest["checkpoint"], manifest["model"]) == (checkpoint["global_step"], "best", "lot")
-    assert manifest["vocabulary"] == {"size": 12, "task": "copy_reverse"} and manifest["limits"] == {"max_len": 8, "max_len_enforced": True}
+    assert manifest["vocabulary"] == {"size": 12, "task": "copy_reverse", "encoding": None} and manifest["limits"] == {
+        "max_len": 8,
+        "max_len_enforced": True,
+    }
     assert set(manifest["versions"]) == {"lab", "torch", "onnx", "onnxscript", "onnxruntime"} and manifest["opset"] >= 18
     assert manifest["verification"]["tolerance"] == {"absolute": 1e-4, "relative": 1e-4}
     model, _, _ = lab.load(run)
@@ -157,11 +170,20 @@ def test_the_manifest_says_what_was_written(run):
             assert [(spec["name"], spec["shape"]) for spec in stated] == [(node.name, node.shape) for node in found]
 
 
+def programs(document):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
 def test_the_documented_program_streams_what_the_model_generates(run, monkeypatch, capsys):
-    program, start, *_ = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    (program,) = (text for text in programs("README.md") if "import onnxruntime" in text)
+    (start,) = (text for text in programs("docs/export.md") if "def initial_state" in text)
     monkeypatch.chdir(run.parent)
     names: dict = {}
-    exec(compile(program.replace("runs/mine", "run") + start, "docs/export.md", "exec"), names)
+    exec(compile(program.replace("exported/model", "run/exports/best"), "README.md", "exec"), names)
+    exec(
+        compile(re.sub(r'Path\(".*"\)', 'Path("run/exports/best.onnx.json")', start.partition("\nprint(")[0]), "docs/export.md", "exec"),
+        names,
+    )
     model, _, _ = lab.load(run)
     for got, expected in zip(names["initial_state"](3), torch.utils._pytree.tree_leaves(model.init_state(3)), strict=True):
         assert got.dtype == expected.numpy().dtype and np.array_equal(got, expected.numpy())
@@ -178,9 +200,36 @@ def test_the_command_says_what_it_wrote(run, tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "m.pt.json").read_text())["checkpoint"] == "last"
 
 
+def test_an_op_that_a_run_forced_is_not_exported(run, at_once, monkeypatch, tmp_path):
+    """The reference implementation is a loop over time; and what the caller has forced is not touched."""
+    words = [*TINY, "model=lot", "ops.kuramoto_scan=reference", "trainer.max_steps=1", "trainer.val_every=1", f"run_dir={tmp_path}/forced"]
+    with ops.use():
+        train(compose(words))
+    before = torch.get_rng_state(), dict(backend._forced)
+    manifest, _ = export_run(str(tmp_path / "forced"), "torchscript")
+    check(manifest)
+    assert torch.equal(torch.get_rng_state(), before[0]) and backend._forced == before[1] == {}
+
+
+def test_a_task_of_text_says_how_its_tokens_stand_for_it(run, monkeypatch):
+    monkeypatch.setattr(CopyReverse, "encoding", ByteCorpus.encoding)
+    monkeypatch.setattr(export_module, "export_model", lambda *a: a)
+    assert export_run("run", "torchscript")[-1]["vocabulary"] == {"size": 12, "task": "copy_reverse", "encoding": "bytes of UTF-8"}
+
+
+def test_the_format_by_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    names = {None: "onnx", "here": "onnx", "new/": "onnx", "m.onnx": "onnx", "m.pt2": "pt2", "m.ts.pt": "torchscript"}
+    assert {name: export_module.choose_format(None, name) for name in names} == names
+    assert export_module.choose_format("pt2", "anything") == "pt2"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
+        (["run", "--output", "m.pt"], 2, "--output m.pt: no format by this name: it should end in one of .onnx, .ts.pt, .pt2, or in / for"),
+        (["run", "--output", "exported"], 2, "--output exported: no format by this name"),
         (["run", "--format", "tflite"], 2, "--format tflite: expected one of onnx, torchscript, pt2"),
         (["run", "--format", "pt2", "--output", "a.onnx"], 2, "a.onnx is the name of a file of format onnx, but --format is pt2"),
         (["run", "--onnx", "a.onnx", "--format", "pt2"], 2, "--onnx FILE is short for --format onnx --output FILE"),
@@ -217,7 +266,7 @@ finally:
 
 def test_missing_packages_are_named(run, monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name.startswith("onnxs") else True)
-    with pytest.raises(ConfigError, match=r"--format onnx needs onnxscript, not installed here: pip install 'lab\[export\]'"):
+    with pytest.raises(ConfigError, match=r"--format onnx needs onnxscript, not installed here: pip install onnx onnxscript onnxruntime"):
         export_run("run")
 
 
@@ -279,6 +328,31 @@ def test_the_tolerance(got, fine):
     else:
         with pytest.raises(RunError, match=r"the step graph, after 1 tokens, at batch 1, length 2 differs"):
             verify.compare("stream.1.", tokens, logits, want)
+
+
+@pytest.mark.parametrize("longest", range(2, 12))
+@pytest.mark.parametrize("from_nothing", [True, False])
+def test_every_length_has_cases(longest, from_nothing):
+    found = list(verify.cases(GRAPHS, longest, from_nothing))
+    assert all(0 <= k < L <= longest and (k or from_nothing or name != "stream") for name, k, _, L in found)
+    streams = [(k, B, L) for name, k, B, L in found if name == "stream"]
+    assert max(B for _, B, _ in streams) > 1 and max(L for *_, L in streams) == longest
+    assert min(k for k, *_ in streams) == (0 if from_nothing else 1)
+
+
+def test_files_that_give_no_answer_are_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "TIMEOUT", 0)
+    with pytest.raises(RunError, match="the files gave no logits within 0 seconds; nothing was written"):
+        export(lattice(), "torchscript", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packages_are_found_where_this_process_finds_them(tmp_path, monkeypatch):
+    """`pip install --user` and PYTHONPATH: an isolated process does not look there by itself, as one with -S not into site-packages."""
+    real = subprocess.run
+    monkeypatch.setattr(verify.subprocess, "run", lambda words, **more: real([words[0], "-S", *words[1:]], **more))
+    (tmp_path / "m.json").write_text('{"format": "onnx", "graphs": [], "state": []}')
+    assert verify.run_isolated(tmp_path / "m.json", {}) == {}
 
 
 def test_a_file_that_needs_lab_is_refused(tmp_path, monkeypatch):

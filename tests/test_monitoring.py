@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ import torch
 from conftest import TINY, rows, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lab.analysis.plots import delimiter_wave
 from lab.analysis.snapshots import read_snapshot, snapshot_steps
 from lab.config import ConfigError, compose, first_difference
 from lab.mixers import Attention, Lattice
-from lab.training import Run
-from lab.training.monitoring import Phases
+from lab.training import Run, monitoring
+from lab.training.monitoring import Phases, stacked
 
 WATCHED = (
     "+callbacks.phases._target_=lab.training.Phases", "+callbacks.phases.interval=4", "+callbacks.phases.samples=3",
@@ -125,6 +127,7 @@ def test_random_numbers_and_modes_are_put_back(tiny):
     torch.manual_seed(1), np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[2]
     callback = Phases(interval=1, samples=5)
+    trainer.callbacks = [callback]
     callback.on_train_start(trainer, module)
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[2] == before[1]
     assert [seen[:3] for seen in model.seen] == [(False, False, False)]
@@ -139,6 +142,7 @@ def test_a_broken_run_that_goes_on_has_nothing_twice(tiny, breaker, at):
     with pytest.raises(RuntimeError, match=f"step {at}"):
         tiny(*words)
     Path("run/phases/step_00000011.npz").touch()  # as if of the steps that are lost
+    time.sleep(1)  # TensorBoard reads its files in the order of their names, which have whole seconds
     run = tiny(*words)
     assert list(snapshot_steps(run.path, "phases")) == [0, 4, 8, 12]
     steps = [row["step"] for row in rows(run.path) if "watch_phases/sync_order_layer_0" in row]
@@ -151,6 +155,68 @@ def test_a_model_without_phases_is_left_alone(tiny):
     tiny(*WATCHED, "model=transformer")
     assert not snapshot_steps("run", "phases") and list(snapshot_steps("run", "attention")) == [0, 5, 10, 12]
     assert not any("watch_phases/sync_order_layer_0" in row for row in rows("run"))
+
+
+class OnlyTheta(Lattice):
+    """A user's mixer that records a name of ours, and not the rest."""
+
+    def mix(self, x, state, lengths, want):
+        out = super().mix(x, state, lengths, want)
+        return out._replace(record={name: value for name, value in out.record.items() if name == "theta"})
+
+
+def test_a_model_that_records_phases_alone_is_left_alone(tiny):
+    tiny(*WATCHED, "model.mixer._target_=test_monitoring.OnlyTheta", "trainer.max_steps=1", "trainer.val_every=1")
+    assert not snapshot_steps("run", "phases") and not snapshot_steps("run", "attention")
+
+
+def test_layers_of_unequal_shape():
+    """A layer with fewer heads has NaN in the place of those that it lacks; plots show the heads that there are."""
+    theta = stacked([torch.ones(1, 4, 3), torch.ones(1, 4, 2)])
+    assert theta.shape == (2, 1, 4, 3) and theta.dtype == np.float32
+    assert np.isnan(theta[1, ..., 2]).all() and not np.isnan(theta[0]).any() and not np.isnan(theta[1, ..., :2]).any()
+    snapshot = {"theta": theta, "r": np.ones((2, 1, 4)), "lengths": np.array([4]), "prompt_len": np.int64(0), "step": np.int64(1)}
+    assert [delimiter_wave(snapshot, layer).axes[0].images[0].get_array().shape for layer in (0, 1)] == [(3, 4), (2, 4)]
+    (velocity,) = (axes for axes in delimiter_wave(snapshot, 1).axes if axes.get_ylabel().startswith("velocity"))
+    assert not np.isnan(velocity.lines[2].get_ydata()).any()
+
+
+def test_one_pass_for_all_that_look_at_the_same_rows(tiny, monkeypatch):
+    seen = []
+    ask = monitoring.record_of
+    monkeypatch.setattr(monitoring, "record_of", lambda trainer, *a: seen.append(trainer.global_step) or ask(trainer, *a))
+    words = (*WATCHED, "callbacks.attention.interval=4", "~logger")
+    tiny(*words, "+callbacks.attention.samples=3")
+    assert seen == [0, 0, 4, 8, 12]  # the first of them shows what there is to see
+    assert list(snapshot_steps("run", "phases")) == list(snapshot_steps("run", "attention")) == [0, 4, 8, 12]
+    seen.clear()
+    tiny(*words, "+callbacks.attention.samples=2", run_dir="other")
+    assert seen == [0, 0, 0, 0, 4, 4, 8, 8, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("room", "shape", "sentence"),
+    [
+        (3 * 8 * 8, (3, 8), None),
+        (2 * 8 * 8, (2, 8), "monitoring looks at 2 of 3 rows, 8 of their 8 tokens"),
+        (5 * 5 + 1, (1, 5), "monitoring looks at 1 of 3 rows, 5 of their 8 tokens"),
+    ],
+)
+def test_attention_of_long_inputs_does_not_fill_the_memory(tiny, monkeypatch, capsys, room, shape, sentence):
+    """room: of one head in one layer, in weights. Fewer rows, then fewer tokens; what is seen of them is the same."""
+    tiny(*WATCHED, "model.n_layers=2", "trainer.max_steps=1", "trainer.val_every=1", "+callbacks.attention.samples=3", run_dir="whole")
+    assert "monitoring looks" not in capsys.readouterr().out
+    monkeypatch.setattr(monitoring, "LIMIT", room * 4 * 2 * 2)
+    monkeypatch.setattr(monitoring, "PROBE", 4)
+    tiny(*WATCHED, "model.n_layers=2", "trainer.max_steps=1", "trainer.val_every=1", "+callbacks.attention.samples=3")
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitoring looks" in line]
+    assert len(said) == bool(sentence) and (sentence or "") in "".join(said)
+    whole, part = (read_snapshot(run, "phases", 0) for run in ("whole", "run"))
+    assert part["tokens"].shape == shape
+    B, n = shape
+    np.testing.assert_array_equal(part["lengths"], [n] * B)
+    np.testing.assert_allclose(part["theta"], whole["theta"][:, :B, :n], atol=1e-5)
+    assert read_snapshot("run", "attention", 0)["attention"].shape == (2, 2, n, n)
 
 
 def test_two_processes_look_once(tmp_path, command):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,7 +23,9 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make(path, *, model="lot", seed=1, val=(0.5, 0.4), exact=None, status="done", reason=None, code="aaaa", config=None, choices=None):
+def make(
+    path, *, model="lot", seed=1, val=(0.5, 0.4), exact=None, status="done", reason=None, code="aaaa", config=None, choices=None, **more
+):
     """A run folder as training and lab-eval leave it."""
     folder = Path(path)
     folder.mkdir(parents=True)
@@ -31,16 +34,18 @@ def make(path, *, model="lot", seed=1, val=(0.5, 0.4), exact=None, status="done"
     stored |= config or {}
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
     chosen = {"model": model, "task": "copy", "experiment": "none", **(choices or {})}
-    hparams = {"choices": chosen, "code_version": code, "git_commit": None}
+    hparams = {"choices": chosen, "code_version": code, "git_commit": None, "created": more.get("created", "")}
     (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams))
     (folder / "job.json").write_text(json.dumps({"status": status, "reason": reason, "step": 20}))
     lines = [{"step": 1, "train/ce_loss": 9.0}, *({"step": 10 * (i + 1), "val/ce_loss": value} for i, value in enumerate(val))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if status == "done":
-        (folder / "metrics.json").write_text(json.dumps({"params": 12345, "split": "val"}))
+        document = {"params": 12345, "split": "val", "code_version": more.get("last_code", code), "data": more.get("data", {})}
+        (folder / "metrics.json").write_text(json.dumps(document))
     if exact is not None:
         (folder / "eval").mkdir()
-        scores = {"step": 20, "metrics": {"exact_match": exact, "sync": None}, "references": {"uniform": 4.0}}
+        scores = {"step": 20, "metrics": {"exact_match": exact, "sync": None}, "references": {"uniform": more.get("uniform", 4.0)}}
+        scores |= {"data": more["data"]} if "data" in more else {}
         (folder / "eval" / "test-best.json").write_text(json.dumps(scores))
     return folder
 
@@ -88,6 +93,34 @@ def test_only_runs_of_the_same_data_compete():
     assert [row["best"] for row in table("a", "b", "c").rows] == ["*", "*", ""]
 
 
+def test_runs_of_different_bytes_are_told_apart():
+    """The bytes of the standard library are not in the config."""
+    one, other = ({"sha256": digits * 8, "context": 16, "stride": stride} for digits, stride in (("1a2b3c4d", 16), ("5e6f7a8b", 16)))
+    make("a", seed=1, val=(0.5,), exact=0.2, data=one)
+    make("b", seed=2, val=(0.1,), exact=0.4, data=other, uniform=5.0)
+    make("c", seed=3, status="interrupted", data=one)  # has not said of which data it is
+    report = table("a", "b", "c")
+    assert [(row["best"], row["data"]) for row in report.rows] == [("*", "1a2b3c4d"), ("*", "5e6f7a8b"), ("", "")]
+    assert "test sha256" not in report.columns and "test stride" not in report.columns
+    assert [note for note in report.notes if "references" in note] == [
+        "references of copy, data 1a2b3c4d: uniform 4", "references of copy, data 5e6f7a8b: uniform 5",
+    ]  # fmt: skip
+    assert [(row["data"], row["runs"], row["val ce_loss"]) for row in by_seed(rows(["a", "b", "c"])).rows] == [
+        ("1a2b3c4d", 2, 0.5), ("5e6f7a8b", 1, 0.1),
+    ]  # fmt: skip
+
+
+def test_scores_taken_in_different_ways_are_told_apart():
+    make("a", seed=1, exact=0.2, data={"context": 16, "stride": 16})
+    make("b", seed=2, exact=0.4, data={"context": 16, "stride": 8})
+    make("c", model="vanilla", exact=0.3)
+    assert not any("not averaged" in note for note in by_seed(rows(["a", "c"])).notes)
+    assert [row["test stride"] for row in table("a", "b", "c").rows] == [16, 8, None] and "test context" not in table("a", "b").columns
+    report = by_seed(rows(["a", "b", "c"]))
+    assert [(row["test stride"], row["test exact_match"]) for row in report.rows] == [("16, 8", None), ("", 0.3)]
+    assert "not averaged" in report.notes[-1]
+
+
 def test_what_follows_from_the_model_is_no_column():
     make("a", choices={"mixer@model.mixer": "lattice"})
     make("b", model="vanilla", choices={"mixer@model.mixer": "attention"}, config={"loss_weights": {"sync": 1}})
@@ -97,11 +130,13 @@ def test_what_follows_from_the_model_is_no_column():
 
 
 def test_another_code_version_is_marked():
-    make("a"), make("b"), make("c", code="bbbb")
+    make("a"), make("b"), make("c", code="bbbb", seed=2), make("d", code="aaaa", last_code="bbbb")
     report = table("a", "b", "c")
     assert [row["code"] for row in report.rows] == ["aaaa", "aaaa", "bbbb"]
-    assert "the runs are of different code: aaaa (2), bbbb (1)" in report.notes
+    assert "the runs are of different code: aaaa (2); bbbb (1)" in report.notes
     assert by_seed(rows(["a", "c"])).rows[0]["code"] == "several versions"
+    assert [row["code"] for row in table("a", "d").rows] == ["aaaa", "aaaa, bbbb"]  # d went on with other code
+    assert by_seed(rows(["d"])).rows[0]["code"] == "several versions"
 
 
 @pytest.mark.parametrize(
@@ -149,19 +184,32 @@ def test_a_running_job_and_one_that_was_killed():
 
 
 def test_a_sweep_is_its_jobs_each_run_once(monkeypatch):
+    here = Path.cwd().resolve()
     make("runs/x/1"), make("runs/x/2"), make("runs/y/3", exact=0.1)
     jobs = [("runs/x/2", None), ("runs/x/9", "optimizer: lr is odd"), ("runs/x/10", None), ("runs/y/3", "trained, but not evaluated: x")]
+    described = [{"folder": folder, "reason": reason, "words": [f"seed={i}", "run_dir=a b"]} for i, (folder, reason) in enumerate(jobs)]
     sweep = Path("runs/sweeps/abc")
     sweep.mkdir(parents=True)
-    (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"folder": folder, "reason": reason} for folder, reason in jobs]}))
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": described}))
     (sweep / "table.json").write_text("{}")
     want = [
         ("runs/x/2", "done", None), ("runs/x/9", "failed", "optimizer: lr is odd"), ("runs/x/10", "not begun", None),
         ("runs/y/3", "done", None),  # evaluated since
     ]  # fmt: skip
-    for target in ("runs/sweeps/abc", "runs/sweeps/abc/sweep.json", "runs/sweeps/abc/table.json", "runs/sweeps/*"):
-        assert [(row["run"], row["status"], row["reason"]) for row in by_run(rows([target])).rows] == [(*job,) for job in want]
-    assert [str(row.path) for row in rows(["runs/x/*", "runs/x/1", "runs"])] == ["runs/x/1", "runs/x/2", "runs/y/3"]
+    words = [None, "seed=1 'run_dir=a b'", "seed=2 'run_dir=a b'", None]  # where no config says what the job is
+    for target in ("runs/sweeps/abc", "runs/sweeps/abc/sweep.json", "runs/sweeps/abc/table.json", "runs/sweeps/*", "runs/sweeps"):
+        report = by_run(rows([target])).rows
+        assert [(row["run"], row["status"], row["reason"]) for row in report] == [(*job,) for job in want]
+        assert [row["words"] for row in report] == words
+    assert [row.get("words") for row in by_seed(rows(["runs/sweeps"])).rows] == words[:3]  # 2 and 3 are of one experiment
+    all_of_it = [row.path.as_posix() for row in rows(["runs/x/*", "runs/x/1", "runs"])]
+    assert all_of_it == ["runs/x/1", "runs/x/2", "runs/x/9", "runs/x/10", "runs/y/3"]
+
+    Path("linked").symlink_to("runs/sweeps/abc")
+    for place, target in (("..", f"{here.name}/runs/sweeps/abc"), ("runs/sweeps/abc", "."), (".", "linked")):
+        monkeypatch.chdir(here / place)  # sweep.json says the folders from where the sweep was started
+        assert [(row.path.resolve(), row.status) for row in rows([target])] == [(here / job, status) for job, status, _ in want]
+    monkeypatch.chdir(here)
     (sweep / "sweep.json").write_text("{}")
     assert "sweep.json is not as lab writes it" in rows([str(sweep)])[0].reason
 
@@ -178,7 +226,19 @@ def test_by_seed():
     assert lot["test exact_match"] == pytest.approx(0.8) and big["test exact_match"] is None
     assert (big["n"], big["best"], big["val ce_loss"]) == (3, "*", pytest.approx(0.15))
     assert (one["n"], one["val ce_loss"], one["val ce_loss sd"]) == (1, 0.9, None)
-    assert "sample standard deviation" in report.notes[-1]
+    assert any("sample standard deviation" in note for note in report.notes)
+
+
+def test_each_seed_counts_once_and_a_mean_says_over_how_many():
+    make("old", seed=1, val=(0.5,), created="2026-11-21"), make("new", seed=1, val=(0.3,), exact=0.5, created="2026-11-22")
+    make("newest", seed=1, val=(0.1,), status="interrupted", created="2026-11-23"), make("two", seed=2, val=(0.1,))
+    report = by_seed(rows(["old", "new", "newest", "two"]))
+    (row,) = report.rows
+    assert (row["runs"], row["n"], row["seeds"], row["test n"]) == (2, 2, "1, 2", 1) and row["val ce_loss"] == pytest.approx(0.2)
+    assert "test n: those of them that are evaluated" in report.notes
+    assert report.notes[-1] == "left out: 2 of the same experiment and seed in another folder; the newest one counts"
+    report = by_seed(rows(["new"]))
+    assert "test n" not in report.columns and not any("left out" in note for note in report.notes)
 
 
 def test_the_best_validation_is_the_first_of_the_lowest():
@@ -186,6 +246,26 @@ def test_the_best_validation_is_the_first_of_the_lowest():
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "val/ce_loss": null}\n{"step": 60, "val/ce_loss": 0.1')  # cut off by a kill
     assert best_validation(folder) == {"step": 30, "val/ce_loss": 0.2}
+
+
+def test_the_best_validation_is_chosen_by_all_digits(tmp_path):
+    """As lab-report reads it from metrics.jsonl: two losses may be one float32."""
+    import torch
+
+    from lab.training.callbacks import Checkpoints
+
+    checkpoints, losses = Checkpoints(Run(tmp_path), every=100), (0.5, 0.5 - 1e-12, 0.5 - 1e-12)
+    assert len(set(map(float, torch.tensor(losses)))) == 1
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, loss in enumerate(losses, 1):
+            metrics = {"val/ce_loss": loss}
+            rounded = {name: torch.tensor(value) for name, value in metrics.items()}
+            trainer = SimpleNamespace(
+                callback_metrics=rounded, global_step=step, max_steps=9, is_global_zero=False, save_checkpoint=lambda path: None
+            )
+            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, by_position=[], stop_signal=0))
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    assert checkpoints.best["step"] == best_validation(tmp_path)["step"] == 2
 
 
 def test_formats(capsys):
@@ -206,6 +286,13 @@ def test_formats(capsys):
     assert "0.5 ± 0.35" in text and "1, 2" in text and "sample standard deviation" in text
     assert lab_report.main(["a", "b|c"]) == 0
     assert capsys.readouterr().out.startswith("model lot, task copy, status done, step 20, params 12,345")
+
+
+def test_what_was_configured_is_not_rounded(capsys):
+    make("a", seed=123456, config={"optimizer": {"lr": 0.0012345}}), make("b", seed=123457, config={"optimizer": {"lr": 0.0012346}})
+    assert lab_report.main(["a", "b"]) == 0
+    text = capsys.readouterr().out
+    assert "123456" in text and "0.0012345" in text and "0.0012346" in text and "params 12,345" in text
 
 
 def test_output(capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -157,6 +159,17 @@ def test_one_process_writes_a_run(tiny):
         with pytest.raises(RunError, match=r"run: another process writes this run \(process \d+"):
             tiny()
     assert not run.locked()
+
+
+def test_a_look_at_the_lock_stops_no_writer(tmp_path):
+    """`locked`, which lab-report asks, holds the lock for a moment."""
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    look = (run.path / ".lock").open("w")
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.2, look.close).start()
+    with run.writer():
+        assert look.closed and run.locked()
 
 
 def test_a_run_folder_says_what_it_is(tmp_path):

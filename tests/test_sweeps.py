@@ -66,6 +66,8 @@ match json.loads(pathlib.Path("plan.json").read_text()).get(str(seed), "done"):
         finish(run, composed)
         evaluate(run.path)
         sys.exit(Busy.exit_code)
+    case "waits":
+        time.sleep(100)
     case "stops":  # Ctrl-C in the terminal
         def stop(number, frame):
             finish(run, composed, "interrupted", reason=f"stopped by {signal.Signals(number).name}")
@@ -169,6 +171,53 @@ def test_a_lost_race_is_no_failure(plan, capsys):
     plan({1: "loses"})
     assert sweep("seed=1") == 0
     assert calls() == ["train 1"] and f"[1/1] {path('seed=1')}  done before" in capsys.readouterr().out
+    assert sweep("seed=1", "fresh=true") == 0 and calls() == ["train 1"]  # what the winner has finished is fresh
+    job = multirun.Sweep([], ["model.d_model=32"], Path("runs/sweeps/x")).job(["seed=1"])
+    job.log.write_text(
+        "out of memory\n$ lab-train seed=1\nlab-train: r: another process writes this run (process 3); wait for it, or stop it\n"
+    )
+    assert job.last_line() == "out of memory"  # the rest is of a loser
+
+
+def test_the_same_sweep_twice_at_once(plan, capsys):
+    """The second one neither removes the first one's sweep.json nor forgets why its jobs failed."""
+    plan({1: "fails"})
+    assert sweep("seed=1,2") == 1
+    (folder,) = Path("runs/sweeps").glob("*")
+    first, second = (multirun.Sweep([], ["model.d_model=32"], folder) for _ in range(2))
+    with first.alive():
+        assert not first.file.exists()  # of a sweep that is over
+        first.begin([first.job(["seed=1"])])
+        first.record(first.job(["seed=1"]), "the loss is NaN")
+        with second.alive():
+            second.begin([second.job(["seed=1"])])
+            assert [job["reason"] for job in first.jobs()] == ["the loss is NaN"]
+        with Run(path("seed=1")).writer():
+            assert sweep("seed=1,2") == 1  # of which one is left alone
+        assert [job["reason"] for job in first.jobs()] == ["the loss is NaN", None]
+        second.record(second.job(["seed=1"]), None)
+    assert [job["reason"] for job in first.jobs()] == [None, None]
+
+
+def test_an_error_of_the_sweep_itself_leaves_no_process_unwatched(plan):
+    plan({2: "waits"})
+    plan_of_sweep = multirun.Sweep([], ["model.d_model=32"], Path("runs/sweeps/x"))
+
+    def record(job, reason):
+        raise OSError("no space left")
+
+    workers = pool.Pool(2, overview.Overview(2), record)
+    with pytest.raises(OSError, match="no space left"):
+        workers.run([plan_of_sweep.job([f"seed={seed}"]) for seed in (1, 2)])
+    assert [process.popen.returncode for process in workers.processes] == [-signal.SIGTERM]
+
+
+def test_an_evaluation_that_was_told_otherwise_does_not_count(plan):
+    assert sweep("seed=1") == 0 and calls() == ["train 1", "eval"]
+    file, seq_len = path("seed=1") / "eval" / "test-best.json", compose([]).config["task"]["seq_len"]
+    for stride, called in ((seq_len // 2, ["eval"]), (seq_len, [])):
+        file.write_text(json.dumps({"step": 4, "metrics": {"exact_match": 0.5}, "data": {"stride": stride}}))
+        assert sweep("seed=1") == 0 and calls() == called
 
 
 def test_a_signal_stops_each_job_once_and_starts_no_other(plan, capsys):
@@ -276,6 +325,7 @@ def test_a_task_without_a_test_split_is_not_evaluated(jobs, tmp_path):
         (["seed=1,2", "hydra.launcher.njobs=2"], "Could not override 'hydra.launcher.njobs'"),
         (["seed=1,2", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs (command line): expected an integer of at least 1, got 0"),
         (["hydra/launcher=none_such"], "Available options in 'hydra/launcher': basic lab"),
+        (["seed=1,2", "callbacks.phases.intervall=3"], "callbacks.phases.intervall"),
         (["run_dir=x", "seed=1,2"], "run_dir (command line): not with -m: each job has a folder of its own"),
         (["resume=x", "seed=1,2"], "resume (command line): not with -m: the same sweep again resumes"),
         (["seed=1,2", "--cfg", "job"], "--cfg job shows one config: leave out -m"),
@@ -291,18 +341,6 @@ def test_a_mistake_is_told_before_any_job_starts(jobs, capsys, words, sentence):
 
 
 # ----------------------------------------------------------------------- processes
-
-
-def test_each_process_has_its_share_of_the_machine(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "cores", lambda: 8)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    shares = [pool.environment(slot, n_jobs) for n_jobs in (1, 2, 6) for slot in range(n_jobs)]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["4,5,6,7", "4,5", "6,7", "4", "5", "6", "7", "4", "5"]
-    assert [share["OMP_NUM_THREADS"] for share in shares] == ["8", "4", "4", "1", "1", "1", "1", "1", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(pool.environment(0, 2))
 
 
 def test_a_run_that_begins_anew_keeps_its_lock_and_its_log(tmp_path):
@@ -342,7 +380,7 @@ def test_kill_9_of_a_job_and_of_the_sweep_lose_nothing(tiny, tmp_path, monkeypat
     assert done.returncode == -9  # the sweep, killed by the second job; the first one has killed itself
     folders = [job_path(compose([*TINY, *words[:2], f"+callbacks.a.whom={whom}"])) for whom in ("job", "sweep")]
     deadline = time.monotonic() + 100
-    while any(Run(folder).locked() for folder in folders) and time.monotonic() < deadline:
+    while {Run(folder).job().get("status") for folder in folders} & {None, "running"} and time.monotonic() < deadline:
         time.sleep(0.1)  # the second job works on without its sweep
     assert [Run(folder).job().get("status") for folder in folders] == ["interrupted", "done"]
     assert lab_train.main(line) == 0

@@ -11,8 +11,7 @@ Checks run in eval mode (gradients: in the mode of the model) and restore the mo
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lab.models import SequenceModel
+from lab.models import SequenceModel, evaluating
 
 RTOL, ATOL = 1e-4, 1e-5  # float32; the same sums in another order
 
@@ -32,19 +31,6 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(scale * noise.to(parameter.device, parameter.dtype))
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside the block."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def same(got: Tensor, want: Tensor, what: str) -> None:

@@ -67,6 +67,7 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: i
         raise RunError(f"sample={sample}: the snapshot has the samples 0 to {n_samples - 1}; callbacks.phases.samples sets how many")
     length = int(snapshot["lengths"][sample])
     theta = snapshot["theta"][layer, sample, :length] % (2 * np.pi)  # (L, H)
+    theta = theta[:, ~np.isnan(theta).all(0)]  # the heads that this layer has
     r = snapshot["r"][layer, sample, :length]
     velocity = (np.diff(theta, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the shorter way round, from token to token
     heads = theta.shape[1]

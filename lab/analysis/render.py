@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import sys
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lab.analysis.report import Report, number
 from lab.files import strict
@@ -18,6 +18,8 @@ FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".c
 
 COMMON = ("model", "task", "status", "step", "params")
 """What is said once, above the table for the eye, where all runs have it in common."""
+
+COUNTS = ("step", "params", "runs", "n")
 
 UNBOUND = 10_000  # a table in a file or a pipe is as wide as its lines
 
@@ -47,9 +49,14 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
         line = []
         for name in header:
             spread = row.get(f"{name} sd")
-            line.append(number(row[name]) + (f" ± {spread:.2g}" if spread is not None else ""))
+            line.append(_cell(name, row[name]) + (f" ± {spread:.2g}" if spread is not None else ""))
         lines.append(line)
     return header, lines
+
+
+def _cell(name: str, value: Any) -> str:
+    """Scores and counts are rounded; what a run was configured with is not, so that two values that differ look different."""
+    return number(value) if name in COUNTS or name.startswith(("val ", "test ")) else "" if value is None else str(value)
 
 
 def _markdown(report: Report) -> str:

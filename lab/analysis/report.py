@@ -8,20 +8,20 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab.config.identity import relevant
-from lab.training.run import Run, RunError
+from lab.training.run import MONITOR, Run, RunError
 
 SELECTION = "* marks the lowest validation loss of its task; the test scores took no part in that choice"
 SWEEP = "sweep.json"
-MONITOR = "val/ce_loss"  # what chooses the best checkpoint of a run, and here the best run
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Row:
     """One run, or a folder that should have been one."""
 
     path: Path
+    words: str | None = None  # of the job in its sweep
     model: str | None = None
     task: str | None = None
     choices: dict[str, str] = field(default_factory=dict)
@@ -39,13 +40,23 @@ class Row:
     params: int | None = None
     val: float | None = None  # the loss of the best checkpoint
     test: dict[str, float] = field(default_factory=dict)
+    test_data: dict[str, Any] = field(default_factory=dict)  # which data, and how much of it was scored in which way
     references: dict[str, float] = field(default_factory=dict)
-    code: str | None = None
+    sha256: str | None = None  # of the data, where the config does not say all of it
+    code: str | None = None  # "a, b" where the scores are of other code than the beginning
+    created: str = ""
 
     @property
     def data(self) -> str:
         """What two runs must have in common for their losses to be comparable."""
-        return json.dumps([self.task, {key: value for key, value in self.config.items() if key.startswith("task.")}], sort_keys=True)
+        node = {key: value for key, value in self.config.items() if key.startswith("task.")}
+        return json.dumps([self.task, node, self.sha256], sort_keys=True)
+
+    @property
+    def experiment(self) -> str:
+        """What the runs of several seeds have in common; a folder whose config is not there has nothing in common with any."""
+        same = {key: value for key, value in self.config.items() if key != "seed"}
+        return json.dumps([self.model, self.task, same or str(self.path)], sort_keys=True)
 
 
 # ----------------------------------------------------------------------- reading
@@ -53,44 +64,61 @@ class Row:
 
 def rows(targets: Iterable[str]) -> list[Row]:
     """A row for each run of these runs, sweeps, folders and globs, each once; RunError for a path that does not exist."""
-    found: dict[Path, Row] = {}
+    found: dict[Path, Place] = {}
     for target in targets:
         paths = [Path(target)] if Path(target).exists() else [Path(path) for path in sorted(glob.glob(target, recursive=True))]
         if not paths:
             raise RunError(f"{target}: there is no such run, sweep or folder")
         for path in paths:
-            for folder, reason in _runs(path):
-                found.setdefault(folder.resolve(), read(folder, reason))
-    return list(found.values())
+            for place in _places(path):
+                known = found.setdefault(place.path.resolve(), place)
+                found[place.path.resolve()] = Place(known.path, known.words or place.words, known.reason or place.reason)
+    return [read(*place) for place in found.values()]
 
 
-def _runs(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """The run folders that a path stands for, each with what its sweep knows of it; the path itself where it stands for none."""
+class Place(NamedTuple):
+    """A folder, and what its sweep knows of the job that has it."""
+
+    path: Path
+    words: str | None = None
+    reason: str | None = None
+
+
+def _places(path: Path) -> Iterator[Place]:
+    """The run folders that a path stands for, those of the sweeps below it included; the path itself where it stands for none."""
     if path.name == SWEEP or (path.is_file() and path.stem == "table"):
         path = path.parent
-    if (path / SWEEP).is_file():
-        try:
-            jobs = [(Path(job["folder"]), job["reason"]) for job in _json(path / SWEEP)["jobs"]]
-        except (RunError, KeyError, TypeError) as error:
-            yield path, str(error) if isinstance(error, RunError) else f"{path / SWEEP} is not as lab writes it"
-        else:
-            yield from jobs
-        return
     below = []
     for folder, inner, files in os.walk(path):
         inner.sort()
-        if "config.yaml" in files and "hparams.yaml" in files:
-            below.append((Path(folder), None))
+        if SWEEP in files:
+            below += _jobs(Path(folder))
             inner.clear()
-    yield from below or [(path, None)]
+        elif "config.yaml" in files and "hparams.yaml" in files:
+            below.append(Place(Path(folder)))
+            inner.clear()
+    yield from below or [Place(path)]
 
 
-def read(path: Path, reason: str | None = None) -> Row:
+def _jobs(sweep: Path) -> list[Place]:
+    """The jobs of runs/sweeps/<hash>, wherever this `runs` is seen from: sweep.json has their folders from where the sweep was started."""
+    try:
+        runs, beyond_links = Path(os.path.normpath(sweep / ".." / "..")), sweep.resolve().parents[1]
+        runs = runs if runs.resolve() == beyond_links else beyond_links
+        return [
+            Place(runs / Path(job["folder"]).relative_to("runs"), shlex.join(job.get("words", [])) or None, job["reason"])
+            for job in _json(sweep / SWEEP)["jobs"]
+        ]
+    except (RunError, LookupError, TypeError, ValueError) as error:
+        return [Place(sweep, reason=str(error) if isinstance(error, RunError) else f"{sweep / SWEEP} is not as lab writes it")]
+
+
+def read(path: Path, words: str | None = None, reason: str | None = None) -> Row:
     """The row of one folder. Whatever is missing or cannot be read is its reason; nothing is raised for it.
 
-    reason: what is known from elsewhere, such as why a job ended before it was a run.
+    words, reason: what is known from elsewhere, such as why a job ended before it was a run.
     """
-    row = Row(path, status="failed" if reason else "no run", reason=reason or "there is no run in this folder")
+    row = Row(path, words, status="failed" if reason else "no run", reason=reason or "there is no run in this folder")
     run = Run(path)
     if not path.is_dir() and not reason:
         return replace(row, status="not begun", reason=None) if not path.exists() else replace(row, reason="not a folder")
@@ -116,6 +144,8 @@ def read(path: Path, reason: str | None = None) -> Row:
     metrics, test = ask(lambda: _json(path / "metrics.json")), ask(lambda: _json(path / "eval" / "test-best.json"))
     choices = ask(lambda: hparams.get("choices", {}))
     scores, references = ask(lambda: test.get("metrics", {})), ask(lambda: test.get("references", {}))
+    data, test_data = ask(lambda: metrics.get("data", {})), ask(lambda: test.get("data", {}))
+    codes = dict.fromkeys(document["code_version"] for document in (hparams, metrics, test) if document.get("code_version"))
     best = ask(lambda: best_validation(path))
     status = job.get("status", "no run" if wrong else "not begun")
     if status == "running" or (status == "done" and test):  # what the sweep knew is of the past
@@ -123,6 +153,7 @@ def read(path: Path, reason: str | None = None) -> Row:
     said = dict.fromkeys([*wrong, reason or job.get("reason")])
     return Row(
         path,
+        words,
         model=choices.get("model"),
         task=choices.get("task"),
         choices=choices,
@@ -133,8 +164,11 @@ def read(path: Path, reason: str | None = None) -> Row:
         params=metrics.get("params"),
         val=best.get(MONITOR),
         test={name: value for name, value in scores.items() if isinstance(value, int | float)},
-        references=references,
-        code=hparams.get("code_version"),
+        test_data=test_data,
+        references={name: value for name, value in references.items() if isinstance(value, int | float)},
+        sha256=data.get("sha256"),
+        code=", ".join(map(str, codes)) or None,
+        created=str(hparams.get("created", "")),
     )
 
 
@@ -187,60 +221,114 @@ class Report:
 def by_run(found: list[Row]) -> Report:
     """A line for each run."""
     differing, best = differences(found), _best(found)
-    tests = _names(row.test for row in found)
-    several_codes = len({row.code for row in found if row.code}) > 1
+    tests, evaluated, codes = _names(row.test for row in found), _differing_evaluations(found), _codes(found)
     lines = []
     for row in found:
         line: dict[str, Any] = {"run": str(row.path), "model": row.model, "task": row.task}
-        line |= {key: _value(row, key) for key in differing}
+        line |= {key: _value(row, key) for key in differing} | _data([row], found)
         line |= {"status": row.status, "step": row.step, "params": row.params, "best": "*" if row in best else "", "val ce_loss": row.val}
         line |= {f"test {name}": row.test.get(name) for name in tests}
-        line |= {"code": row.code} if several_codes else {}
-        lines.append(line | {"reason": row.reason})
+        line |= {f"test {name}": row.test_data.get(name) for name in evaluated}
+        line |= {"code": row.code} if len(codes) > 1 else {}
+        lines.append(line | {"words": None if row.config else row.words, "reason": row.reason})  # the columns have those of a run
     return _report(lines, found)
 
 
 def by_seed(found: list[Row]) -> Report:
     """A line for each experiment, over its seeds: how many are done, then mean and sample standard deviation of each score of those."""
-    groups: dict[str, list[Row]] = {}
+    sha256 = {row.experiment: row.sha256 for row in reversed(found) if row.sha256}  # a run without scores goes with the first that has
+    groups: dict[tuple[str, str | None], list[Row]] = {}
     for row in found:
-        same = {key: value for key, value in row.config.items() if key != "seed"}
-        groups.setdefault(json.dumps([row.model, row.task, same or str(row.path)], sort_keys=True), []).append(row)
+        groups.setdefault((row.experiment, row.sha256 or sha256.get(row.experiment)), []).append(row)
     differing = [key for key in differences(found) if key != "seed"]
-    tests = _names(row.test for row in found)
-    scores: dict[str, Callable[[Row], float | None]] = {"val ce_loss": lambda row: row.val}
-    scores |= {f"test {name}": lambda row, name=name: row.test.get(name) for name in tests}  # type: ignore[misc]
-    lines, means = [], []
-    for group in groups.values():
+    tests, evaluated = _names(row.test for row in found), _differing_evaluations(found)
+    lines, means, kept, mixed = [], [], [], False
+    for rows_of_one in groups.values():
+        group = _one_of_each_seed(rows_of_one)
         first, done = group[0], [row for row in group if row.status == "done"]
+        tested = [row for row in done if row.test]
+        alike = len({json.dumps([row.test_data.get(name) for name in evaluated]) for row in tested}) <= 1
         line: dict[str, Any] = {"model": first.model, "task": first.task} | {key: _value(first, key) for key in differing}
+        line |= _data(group, found)
         line |= {"runs": len(group), "n": len(done), "seeds": ", ".join(str(row.config["seed"]) for row in done if "seed" in row.config)}
-        line |= {"best": ""}
-        for name, score in scores.items():
-            values = [value for row in done if (value := score(row)) is not None]
-            line[name] = statistics.fmean(values) if values else None
-            line[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 else None
-        if len({row.code for row in done}) > 1:
+        line |= {"best": ""} | _mean("val ce_loss", [row.val for row in done])
+        line |= {"test n": len(tested)} if tests else {}
+        for name in tests:
+            line |= _mean(f"test {name}", [row.test.get(name) for row in tested] if alike else [])
+        for name in evaluated:
+            ways = list(dict.fromkeys(row.test_data[name] for row in tested if name in row.test_data))
+            line[f"test {name}"] = ways[0] if len(ways) == 1 else ", ".join(map(str, ways))
+        mixed |= not alike
+        if _several(_codes(done)):
             line["code"] = "several versions"
-        lines.append(line)
+        lines.append(line | {"words": None if first.config else first.words})
         means.append(replace(first, val=line["val ce_loss"], status="done"))
+        kept += group
     for line, mean in zip(lines, means, strict=True):
         line["best"] = "*" if mean in _best(means) else ""
-    report = _report(lines, found)
-    return replace(report, notes=[*report.notes, "n: the runs that are done, which alone count; sd: sample standard deviation over them"])
+    notes = ["n: the runs that are done, which alone count; sd: sample standard deviation over them"]
+    if all(line.get("test n") == line["n"] for line in lines):
+        lines = [{name: value for name, value in line.items() if name != "test n"} for line in lines]
+    else:
+        notes.append("test n: those of them that are evaluated")
+    if len(kept) < len(found):
+        notes.append(f"left out: {len(found) - len(kept)} of the same experiment and seed in another folder; the newest one counts")
+    if mixed:
+        notes.append("test scores that were taken in different ways are not averaged")
+    report = _report(lines, kept)
+    return replace(report, notes=[*report.notes, *notes])
+
+
+def _one_of_each_seed(group: list[Row]) -> list[Row]:
+    """Of the runs of one experiment with the same seed the newest that is done, or the newest."""
+    kept: dict[Any, Row] = {}
+    for row in group:
+        seed = str(row.config.get("seed", row.path))
+        kept[seed] = max(kept.get(seed, row), row, key=lambda row: (row.status == "done", row.created))
+    return list(kept.values())
+
+
+def _mean(name: str, values: list[float | None]) -> dict[str, float | None]:
+    """The two columns of a score, over the runs that have it."""
+    there = [value for value in values if value is not None]
+    spread = statistics.stdev(there) if len(there) > 1 else None
+    return {name: statistics.fmean(there) if there else None, f"{name} sd": spread}
+
+
+def _data(group: list[Row], found: list[Row]) -> dict[str, str]:
+    """The column that tells data apart that the configs do not: the first digits of the SHA-256."""
+    if len({row.sha256 for row in found if row.sha256}) < 2:
+        return {}
+    return {"data": next((row.sha256[:8] for row in group if row.sha256), "")}
+
+
+def _differing_evaluations(found: list[Row]) -> list[str]:
+    """What the test scores differ in beside the model: the context, the stride, ..."""
+    names = [name for name in _names(row.test_data for row in found) if name != "sha256"]
+    return [name for name in names if len({json.dumps(row.test_data[name]) for row in found if name in row.test_data}) > 1]
+
+
+def _codes(found: list[Row]) -> dict[str, int]:
+    """How many runs are of each code, the most common first; "a, b" is a run of both."""
+    return dict(Counter(row.code for row in found if row.code).most_common())
+
+
+def _several(codes: Mapping[str, int]) -> bool:
+    return len(codes) > 1 or any(", " in code for code in codes)
 
 
 def _report(lines: list[dict[str, Any]], found: list[Row]) -> Report:
-    columns = _names(lines)
-    columns = sorted(columns, key=lambda name: ("code", "reason").index(name) + 1 if name in ("code", "reason") else 0)
+    columns, last = _names(lines), ("code", "words", "reason")
+    columns = sorted(columns, key=lambda name: last.index(name) + 1 if name in last else 0)
     kept = [name for name in columns if any(line.get(name) not in (None, "") for line in lines) or name in ("model", "val ce_loss")]
-    notes = [SELECTION]
-    counts = Counter(row.code for row in found if row.code)
-    if len(counts) > 1:
-        notes.append("the runs are of different code: " + ", ".join(f"{code} ({n})" for code, n in counts.most_common()))
-    for task, references in {row.task: row.references for row in found if row.references}.items():
-        notes.append(f"references of {task}: " + ", ".join(f"{name} {number(value)}" for name, value in references.items()))
-    return Report(kept, [{name: line.get(name) for name in kept} for line in lines], notes)
+    notes, codes = [SELECTION], _codes(found)
+    if _several(codes):
+        notes.append("the runs are of different code: " + "; ".join(f"{code} ({n})" for code, n in codes.items()))
+    for row in found:
+        if row.references:
+            where = ", ".join([str(row.task), *(f"data {digits}" for digits in _data([row], found).values())])
+            notes.append(f"references of {where}: " + ", ".join(f"{name} {number(value)}" for name, value in row.references.items()))
+    return Report(kept, [{name: line.get(name) for name in kept} for line in lines], list(dict.fromkeys(notes)))
 
 
 def differences(found: list[Row]) -> list[str]:

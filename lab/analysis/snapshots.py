@@ -3,7 +3,8 @@
 phases      step, tokens (B, L), lengths (B,), prompt_len, theta (layers, B, L, H), omega and kappa (layers, H), r (layers, B, L)
 attention   step, tokens (L,), prompt_len, attention (layers, H, L, L) in float16: of the first sample, without its padding
 
-prompt_len: the tokens up to the delimiter, it included; 0 where the task has none. numpy alone: plots need neither torch nor Lightning.
+A layer with fewer heads than another is filled up with NaN. prompt_len: the tokens up to the delimiter, it included; 0 where the task has
+none. numpy alone: plots need neither torch nor Lightning.
 """
 
 from __future__ import annotations

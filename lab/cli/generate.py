@@ -1,9 +1,10 @@
-"""lab-generate: what a trained model goes on with, printed as it comes."""
+"""lab-generate: what a trained model goes on with, printed as it comes; of several prompts, when all are done."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ examples:
   lab-generate runs/mine --prompt "5 9 3 2"                           a task of tokens: prompt and answer are token ids
   lab-generate runs/text --prompt $'def main():\\n' --temperature 0.8 --top-p 0.95 --seed 1
   lab-generate runs/text --prompt-file start.txt --stop-token 10      a text ends at its first newline, if its tokens are bytes
-  lab-generate runs/mine --prompt "5 9 3 2" --prompt "7 2"            two prompts at once, one answer after the other
+  lab-generate runs/mine --prompt "5 9 3 2" --prompt "7 2"            two prompts at once, their answers when both are done
   lab-generate runs/mine checkpoint=last --prompt "5 9 3 2"           the last checkpoint in place of the best one
 
 Only what is new is printed, not the prompt. Without --temperature each token is the most probable one (greedy).
@@ -63,6 +64,8 @@ def _main(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{word}: of a run, only checkpoint=best or checkpoint=last can be chosen; what is sampled, by --options")
     if not arguments.temperature and (arguments.top_k is not None or arguments.top_p is not None):
         raise ConfigError("--top-k and --top-p choose among tokens that are sampled: they need a --temperature above 0")
+    if not 0 <= arguments.seed < 2**64:
+        raise ConfigError(f"--seed must lie in 0 to 2^64 - 1, got {arguments.seed}")
     texts = [*arguments.prompt, *map(_read, arguments.prompt_file)]
     if not texts:
         raise ConfigError("there is no prompt: --prompt TEXT or --prompt-file FILE")
@@ -71,6 +74,8 @@ def _main(arguments: argparse.Namespace) -> None:
 
     model, task, _ = load(arguments.target, checkpoint, arguments.trust)
     prompts = [_tokens(text, task, model) for text in texts]
+    if arguments.stop_token is not None and not 0 <= arguments.stop_token < task.vocab_size:
+        raise ConfigError(f"--stop-token {arguments.stop_token}: the tokens of {type(task).__name__} are 0 to {task.vocab_size - 1}")
     try:
         new = _continue(model, prompts, arguments)
     except ValueError as error:
@@ -133,7 +138,8 @@ def _continue(model: SequenceModel, prompts: list[list[int]], arguments: argpars
 
 
 def _print(tokens: Iterator[int | None], task: Task) -> None:
-    """Each token as it comes: ids with spaces between them, or text, held back while it ends within a character."""
+    """Each token as it comes: ids with spaces between them, or text, whose last tokens are held back while they may be the beginning of a
+    character."""
     held: list[int] = []
     for number, token in enumerate(tokens):
         assert token is not None
@@ -142,13 +148,19 @@ def _print(tokens: Iterator[int | None], task: Task) -> None:
             continue
         held.append(token)
         text = task.decode(held)
-        if not text.endswith("\ufffd"):
-            _write(text)
+        if text.endswith("\ufffd"):  # of UTF-8, at most three bytes begin a character; the bytes before them are settled
+            n = next((n for n in (3, 2, 1) if task.decode(held[-n:]) == "\ufffd"), len(held))
+            text, held = text[:-1] if n < len(held) else "", held[-n:]
+        else:
             held = []
+        if text:
+            _write(text)
     _write((task.decode(held) if held else "") + "\n")
 
 
 def _write(text: str) -> None:
+    if sys.stdout.isatty():  # what a model invents must not move the cursor or worse: ESC is shown as \x1b
+        text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # a terminal that is not UTF-8 shows ? for what it lacks
     sys.stdout.flush()

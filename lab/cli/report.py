@@ -12,7 +12,7 @@ USAGE = "lab-report RUNS [RUNS ...] [--by-seed] [--format rich|markdown|csv|json
 EXAMPLES = """\
 examples:
   lab-report runs                                            every run below the folder
-  lab-report runs/sweeps/1a2b3c4d                            the jobs of a sweep
+  lab-report runs/sweeps/1a2b3c4d                            the jobs of a sweep; runs/sweeps: of all sweeps
   lab-report 'runs/copy_reverse_small*/*' --by-seed          a glob; mean and spread over the seeds
   lab-report runs --output table.md                          Markdown by the ending; also .csv, .json and .txt
 

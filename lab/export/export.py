@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import lab
+from lab import ops
 from lab.config import ConfigError
 from lab.export.formats import FORMATS
 from lab.export.graphs import Exported, graphs
 from lab.export.verify import verify
 from lab.files import sync_folder, write_json
 from lab.models import SequenceModel
+from lab.training.checkpoint import keep_random_states
 from lab.training.load import check_config_file, find_checkpoint, load_checkpoint
 from lab.training.provenance import now
 from lab.training.run import Run
@@ -50,12 +52,13 @@ def export_run(
     FORMATS[format].check_packages(format)
     path = find_checkpoint(target, checkpoint)
     file = target_file(path, format, output)
-    loaded = load_checkpoint(path, trust or [])
+    with ops.use(), keep_random_states():  # what the run forced was for its training: a reference implementation may be a loop
+        loaded = load_checkpoint(path, trust or [])
     if config_file is not None:
         check_config_file(config_file, loaded.identity, "lab-export")
     identity, task = loaded.identity, loaded.task
     about = {
-        "vocabulary": {"size": task.vocab_size, "task": identity["choices"]["task"]},
+        "vocabulary": {"size": task.vocab_size, "task": identity["choices"]["task"], "encoding": task.encoding},
         "model": identity["choices"]["model"],
         "checkpoint": path.stem,
         "step": loaded.step,
@@ -131,9 +134,17 @@ def opset(file: Path) -> int:
 
 
 def choose_format(format: str | None, output: str | None) -> str:
+    """The format that --format or the name of the output says; ONNX where neither says one. ConfigError where they are at odds."""
     by_suffix = next((name for name, one in FORMATS.items() if output is not None and output.endswith(one.suffix)), None)
     if format is None:
-        return by_suffix or "onnx"
+        if output is None or is_folder(output):
+            return "onnx"
+        if by_suffix is None:
+            endings = ", ".join(one.suffix for one in FORMATS.values())
+            raise ConfigError(
+                f"--output {output}: no format by this name: it should end in one of {endings}, or in / for a folder, or give --format"
+            )
+        return by_suffix
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     if by_suffix not in (None, format):
@@ -145,9 +156,13 @@ def target_file(checkpoint: Path, format: str, output: str | None) -> Path:
     """The file of the sequence graph."""
     name = checkpoint.stem + FORMATS[format].suffix
     if output is not None:
-        return Path(output) / name if Path(output).is_dir() or output.endswith("/") else Path(output)
+        return Path(output) / name if is_folder(output) else Path(output)
     run = Run(checkpoint.parent.parent)
     return run.path / "exports" / name if checkpoint.parent == run.checkpoints and run.exists() else checkpoint.with_name(name)
+
+
+def is_folder(output: str) -> bool:
+    return output.endswith("/") or Path(output).is_dir()
 
 
 def file_name(sequence: str, graph: str, format: str) -> str:

@@ -31,7 +31,7 @@ class Format:
     def check_packages(self, name: str) -> None:
         missing = [package for package in self.packages if find_spec(package) is None]
         if missing:
-            raise ConfigError(f"--format {name} needs {', '.join(missing)}, not installed here: pip install 'lab[export]'")
+            raise ConfigError(f"--format {name} needs {', '.join(missing)}, not installed here: pip install onnx onnxscript onnxruntime")
 
 
 @contextmanager

@@ -1,14 +1,18 @@
-"""Runs exported files by what their manifest says, in a Python without lab: python -I isolated.py MANIFEST CASES RESULTS
+"""Runs exported files by what their manifest says, in a Python without lab: python -I isolated.py MANIFEST CASES RESULTS FOLDER...
 
 CASES (npz): `sequence...`, `prefill...` tokens (B, L) for the graph of that name; `stream.K...` tokens (B, L) of which the first K go
 through prefill and the others through the step; `refuse.GRAPH` too many tokens, which the graph should refuse (all but the last are a
 step's prefill). RESULTS (npz): under the same name the logits (B, L, V), a text that says what was raised, or for `refuse` whether it was.
+FOLDERs are where modules are looked for after Python's own places.
 """
 
 import json
 import sys
 import warnings
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.extend(folder for folder in sys.argv[4:] if folder not in sys.path)
 
 import numpy as np
 
@@ -114,4 +118,4 @@ def main(manifest, cases, results):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4])

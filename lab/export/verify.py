@@ -21,6 +21,7 @@ from lab.models import SequenceModel
 from lab.training.run import RunError
 
 RTOL, ATOL = 1e-4, 1e-4  # of the logits, float32
+TIMEOUT = 1800  # seconds for all cases; what is usual is a few
 
 
 def verify(model: SequenceModel, manifest: Path, document: Mapping[str, Any], longest: int) -> tuple[bool | None, dict[str, Any]]:
@@ -52,7 +53,7 @@ def cases(names: list[str], longest: int, from_nothing: bool) -> Iterator[tuple[
             sizes = [(1, 1), (3, 1), (1, 5), EXAMPLE, (5, 12), (2, longest)]
             yield from ((name, 0, B, L) for B, L in sorted({(B, L) for B, L in sizes if L <= longest}))
     if "step" in names:
-        streams = [(0, 1, 6), (0, 3, 3), (1, 1, 9), (5, 4, 10), (longest - 3, 1, longest)]
+        streams = [(0, 1, 6), (0, 3, 3), (1, 1, 9), (min(5, longest - 1), 4, 10), (max(1, longest - 3), 1, longest)]
         yield from (
             ("stream", k, B, L) for k, B, L in sorted({(k, B, min(L, longest)) for k, B, L in streams}) if k < L and (k or from_nothing)
         )
@@ -63,7 +64,11 @@ def run_isolated(manifest: Path, tokens: Mapping[str, torch.Tensor]) -> dict[str
     inputs, results = manifest.with_name("cases.npz"), manifest.with_name("results.npz")
     np.savez(inputs, allow_pickle=False, **{case: value.numpy() for case, value in tokens.items()})
     words = [sys.executable, "-I", str(Path(__file__).with_name("isolated.py")), str(manifest), str(inputs), str(results)]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    words += [folder for folder in sys.path if folder]  # -I leaves out what `pip install --user` and PYTHONPATH bring
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"the files gave no logits within {TIMEOUT:,} seconds; nothing was written") from None
     if done.returncode != 0:
         reason = ([line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"])[-1]
         raise RunError(f"the files cannot be used in a process without lab: {reason}")

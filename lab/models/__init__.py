@@ -1,6 +1,6 @@
 """Models: tokens -> logits, through the one interface of `SequenceModel`."""
 
-from lab.models.base import SequenceModel, initialise
+from lab.models.base import SequenceModel, evaluating, initialise
 from lab.models.stack import Block, Stack
 
-__all__ = ["Block", "SequenceModel", "Stack", "initialise"]
+__all__ = ["Block", "SequenceModel", "Stack", "evaluating", "initialise"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
@@ -198,6 +199,19 @@ class SequenceModel(nn.Module, ABC):
     def check_length(self, length: int, what: str) -> None:
         if self.max_len is not None and length > self.max_len:
             raise ValueError(f"{type(self).__name__}: {what} needs length {length}, but the model was built with max_len={self.max_len}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def initialise(model: nn.Module, seed: int) -> None:

@@ -13,7 +13,7 @@ from lab.analysis.report import best_validation, read
 from lab.config import Composed, first_difference
 from lab.config.overrides import quote
 from lab.config.tree import places
-from lab.training.run import LOG, Run, RunError, job_path
+from lab.training.run import BUSY, LOG, Run, RunError, job_path
 
 TRAIN, EVAL = "lab.cli.train", "lab.cli.eval"
 
@@ -39,10 +39,13 @@ class Job:
         """Where its commands print."""
         return self.path / LOG
 
-    def next_command(self, after: str | None = None) -> list[str] | None:
-        """What is still to be done, in a process of its own; None if nothing is. after: the command that has just ended well."""
+    def next_command(self, after: str | None = None, met: bool = False) -> list[str] | None:
+        """What is still to be done, in a process of its own; None if nothing is.
+
+        after: the command that has just ended well. met: another process was at it; what that one finished is fresh.
+        """
         run = Run(self.path)
-        fresh = after is None and bool(self.composed.config["fresh"])
+        fresh = after is None and not met and bool(self.composed.config["fresh"])
         if after is None and (fresh or not self._is_done(run)):
             plain = re.fullmatch(r"[\w./-]+", str(self.path))
             return [TRAIN, *self.shared, *self.own, f"run_dir={self.path if plain else quote(str(self.path))}"]
@@ -56,12 +59,15 @@ class Job:
 
     def _is_evaluated(self) -> bool:
         """Whether the test scores of the best checkpoint are there, or there is nothing to score."""
-        if self.composed.config["task"].get("test", self) is None:  # task=dataset without a test split
+        task = self.composed.config["task"]
+        if task.get("test", self) is None:  # task=dataset without a test split
             return True
         try:
             scores = json.loads((self.path / "eval" / "test-best.json").read_text())
-            return bool(scores["step"] == best_validation(self.path)["step"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not as lab-eval writes it
+            stride = scores.get("data", {}).get("stride")  # lab-eval may have been told another than the config's
+            as_configured = stride is None or stride == (task.get("eval_stride") or task["seq_len"])
+            return bool(scores["step"] == best_validation(self.path)["step"] and as_configured)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not as lab-eval writes it
             return False
 
     def _trust(self) -> list[str]:
@@ -88,4 +94,5 @@ class Job:
         with self.log.open("rb") as file:
             file.seek(start)
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("$ lab-") and BUSY not in line]  # of another sweep, that came too late
         return lines[-1].removeprefix("lab-train: ").removeprefix("lab-eval: ") if lines else ""

@@ -18,11 +18,12 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -39,8 +40,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lab.analysis.render import render, show
 from lab.analysis.report import SWEEP, by_run, by_seed, rows
-from lab.config import ConfigError, check, compose, files
+from lab.config import ConfigError, check, check_late, compose, files
 from lab.config.overrides import SHELL, parse, quote
+from lab.config.validation import LATE
 from lab.files import write_json, write_text
 from lab.sweeps.job import Job
 from lab.sweeps.overview import Overview
@@ -51,6 +53,7 @@ from lab.training.run import RunError
 OF_A_RUN = {"run_dir": "each job has a folder of its own, by its config", "resume": "the same sweep again resumes what is unfinished"}
 NOT_THE_SWEEPS = re.compile(r"hydra[./]launcher|fresh=")
 """Words that do not make another sweep: how its jobs are started, and whether from the beginning."""
+ALIVE = ".alive"  # each process of a sweep shares a lock on it for its life
 
 
 def sweep(words: list[str]) -> None:
@@ -62,19 +65,15 @@ def sweep(words: list[str]) -> None:
     identity = sorted(word for word in words if not NOT_THE_SWEEPS.match(word.lstrip("+")))
     path = Path("runs", "sweeps", hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8])
     plan = Sweep(words, shared, path)
-    plan.file.unlink(missing_ok=True)
-    try:
-        _multirun(plan, about_hydra, swept)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"-m: {' '.join(str(error).partition('Config search path')[0].split())}") from error
-    finally:
-        if plan.file.exists():
-            plan.write_table()
-        else:  # no job came of it
-            (path / "multirun.yaml").unlink(missing_ok=True)
-            with suppress(OSError):
-                path.rmdir()
-    jobs = plan.jobs()
+    with plan.alive():
+        try:
+            _multirun(plan, about_hydra, swept)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"-m: {' '.join(str(error).partition('Config search path')[0].split())}") from error
+        finally:
+            if plan.file.exists():
+                plan.write_table()
+        jobs = plan.jobs()
     failed = [job for job in jobs if job["reason"]]
     if not jobs:
         raise ConfigError(f"{' '.join(swept)} ({SHELL}): these values give no job")
@@ -109,22 +108,30 @@ class Sweep:
     path: Path  # runs/sweeps/<hash of the words>
     known: dict[tuple[str, ...], Job] = field(default_factory=dict)
 
+    @cached_property
+    def default(self) -> dict[str, Any]:
+        """The config without any words."""
+        return compose([]).config
+
     def job(self, own: Sequence[str]) -> Job:
         """The job of these words beside the shared ones, composed and checked; ConfigError for a mistake in them."""
         if tuple(own) not in self.known:
             composed = compose([*self.shared, *own])
             check(composed)
+            if any(composed.config.get(key) != self.default.get(key) for key in LATE):  # what is lab's own is right
+                check_late(composed)
             self.known[tuple(own)] = Job(self.shared, list(own), composed)
         return self.known[tuple(own)]
 
     def run(self, batch: Sequence[Sequence[str]], n_jobs: int) -> list[float]:
         """Runs the jobs, n_jobs at a time, those that are the same experiment once; the score of each, which a sweeper minimises."""
         jobs = [self.job(own) for own in batch]
+        if not jobs:
+            return []
         distinct = list({job.path: job for job in reversed(jobs)}.values())[::-1]
         if len(distinct) < len(jobs):
             print(f"{len(jobs)} jobs, of which {len(distinct)} are different experiments; those are run")
-        for job in distinct:
-            self.record(job, None)
+        self.begin(distinct)
         Pool(n_jobs, Overview(len(distinct)), self.record).run(distinct)
         return [job.score() for job in jobs]
 
@@ -134,6 +141,24 @@ class Sweep:
 
     # ------------------------------------------------------------------ what it writes
 
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Within it sweep.json is that of now. Several processes may sweep the same words at once: the first one begins it anew, and
+        the last one removes it if no job came of it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ALIVE).open("a") as lock:
+            if _only(lock):
+                self.file.unlink(missing_ok=True)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                yield
+            finally:
+                if not self.file.exists() and _only(lock):
+                    for name in ("multirun.yaml", ".lock", ALIVE):
+                        (self.path / name).unlink(missing_ok=True)
+                    with suppress(OSError):  # something of the user's is in it
+                        self.path.rmdir()
+
     @property
     def file(self) -> Path:
         return self.path / SWEEP
@@ -142,14 +167,26 @@ class Sweep:
         """{words, folder, reason} of each; the reason is why it failed."""
         return json.loads(self.file.read_text())["jobs"] if self.file.exists() else []
 
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Adds those that are not there; what is known of the others, perhaps by another process, stays until they end again."""
+        with self._jobs_by_folder() as known:
+            for job in jobs:
+                known.setdefault(str(job.path), _entry(job, None))
+
     def record(self, job: Job, reason: str | None) -> None:
-        """Adds a job, or says what became of it; by any process of the sweep."""
+        """What became of a job; by any process of the sweep."""
+        with self._jobs_by_folder() as known:
+            known[str(job.path)] = _entry(job, reason)
+
+    @contextmanager
+    def _jobs_by_folder(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """To be changed within it, by one process at a time, and written at its end."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            jobs = {known["folder"]: known for known in self.jobs()}
-            jobs[str(job.path)] = {"words": job.own, "folder": str(job.path), "reason": reason}
-            write_json(self.file, {"words": self.words, "written": now(), "jobs": list(jobs.values())})
+            known = {job["folder"]: job for job in self.jobs()}
+            yield known
+            write_json(self.file, {"words": self.words, "written": now(), "jobs": list(known.values())})
 
     def write_table(self) -> None:
         """table.md, table.csv and table.json beside sweep.json, and the same for the eye."""
@@ -162,6 +199,19 @@ class Sweep:
         if len({row.config.get("seed") for row in found}) > 1:
             show(by_seed(found))
         print(f"written to {self.path}/table.md, .csv and .json; lab-report {self.path} shows it again", flush=True)
+
+
+def _entry(job: Job, reason: str | None) -> dict[str, Any]:
+    return {"words": job.own, "folder": str(job.path), "reason": reason}
+
+
+def _only(lock: IO[str]) -> bool:
+    """Whether no other process has the lock; this one then has it alone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------- Hydra

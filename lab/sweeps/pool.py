@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from lab.sweeps.job import Job
@@ -41,16 +42,23 @@ class Pool:
         self.n_jobs, self.overview, self.record = n_jobs, overview, record
         self.processes: list[Process] = []
         self.left: list[Job] = []  # because another process is at them
+        self.met: set[Path] = set()  # the folders of all jobs that another process was at
         self.received: list[int] = []  # signals
         self.passed_on = 0  # how many of them the processes have got
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Interrupted, after all processes have saved and stopped, if this process was told to stop."""
-        with self._signals(), self.overview:
-            self._work(deque(jobs))
-            self._work(deque(self.left))  # perhaps they are free by now
-            for job in self.left:
-                self.overview.ended(job, "left alone: another process is at it")
+        try:
+            with self._signals(), self.overview:
+                self._work(deque(jobs))
+                self._work(deque(self.left))  # perhaps they are free by now
+                for job in self.left:
+                    self.overview.ended(job, "left alone: another process is at it")
+        finally:  # there are some only after an error of our own: nobody would watch them
+            for process in self.processes:
+                process.popen.terminate()
+            for process in self.processes:
+                process.popen.wait()
         if self.received:
             number = self.received[0]
             raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command goes on", number)
@@ -70,8 +78,9 @@ class Pool:
     def _begin(self, job: Job) -> None:
         if Run(job.path).locked():
             self.left.append(job)
+            self.met.add(job.path)
             return
-        command = job.next_command()
+        command = job.next_command(met=job.path in self.met)
         if command is None:
             self.record(job, None)
             self.overview.ended(job, "done before")
@@ -99,6 +108,7 @@ class Pool:
         job, code = process.job, process.popen.returncode
         if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
             waiting.append(job)
+            self.met.add(job.path)
             return
         following = job.next_command(after=process.command) if code == 0 else None
         if following and not self.received:
@@ -118,7 +128,8 @@ class Pool:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._receive) for number in heeded}
         try:
             yield
         finally:

@@ -53,6 +53,7 @@ class Task(ABC):
     eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports
     metrics: Sequence[str] = ("token_accuracy", "exact_match")  # of lab.analysis.metrics.SCORES, those that mean something here
     text: bool = False  # whether tokens stand for text, which encode and decode translate
+    encoding: str | None = None  # of text: what a token is, for programs without lab, as "bytes of UTF-8"
 
     @abstractmethod
     def split(self, name: str, scale: int = 1) -> Split:

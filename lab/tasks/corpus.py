@@ -51,6 +51,7 @@ class ByteCorpus(Task):
     """
 
     text = True
+    encoding = "bytes of UTF-8"
     metrics = ("bits_per_byte", "token_accuracy")
     name: str  # begins the names of the prepared files
 

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.console import Console
 
-from lab.training.run import Interrupted, Run, RunError
+from lab.training.run import MONITOR, Interrupted, Run, RunError
 
 
 class Progress(RichProgressBar):
@@ -38,14 +38,14 @@ class Progress(RichProgressBar):
 
 
 class Checkpoints(pl.Callback):
-    """last.ckpt every `every` steps and at the end, best.ckpt by the lowest `monitor`; stops a run that was sent a signal.
+    """last.ckpt every `every` steps and at the end, best.ckpt by the lowest MONITOR; stops a run that was sent a signal.
 
     The last of the callbacks, so that what the others change at the end of a step (an average of the weights) is saved as well.
     Where a validation is due at the same step, the save waits for it: a resume goes on after the validation, and misses none.
     """
 
-    def __init__(self, run: Run, every: int, monitor: str = "val/ce_loss") -> None:
-        self.run, self.every, self.monitor = run, every, monitor
+    def __init__(self, run: Run, every: int) -> None:
+        self.run, self.every = run, every
         self.best: dict[str, Any] = {"value": float("inf")}  # value, step, metrics and by_position of the best validation
         self.saved_step = -1
         self.received: int | None = None  # the number of the signal
@@ -62,15 +62,12 @@ class Checkpoints(pl.Callback):
             self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor not in trainer.callback_metrics:
-            raise RunError(
-                f"validation gave no {self.monitor}, which selects the best checkpoint; it gave {sorted(trainer.callback_metrics)}"
-            )
-        value = float(trainer.callback_metrics[self.monitor])
+        validation: dict[str, float] = pl_module.validation  # type: ignore[assignment]
+        value = validation[MONITOR]
         if not math.isfinite(value):
-            raise RunError(f"{self.monitor} is {value} at step {trainer.global_step}: has the validation split any scored target?")
+            raise RunError(f"{MONITOR} is {value} at step {trainer.global_step}: has the validation split any scored target?")
         if value < self.best["value"]:
-            metrics = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+            metrics = {name.removeprefix("val/"): score for name, score in validation.items()}
             self.best = {"value": value, "step": trainer.global_step, "metrics": metrics, "by_position": pl_module.by_position}
             trainer.save_checkpoint(self.run.best)
             if trainer.is_global_zero:

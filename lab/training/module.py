@@ -42,6 +42,7 @@ class LabModule(pl.LightningModule):
         self.model, self.task, self.optimizer, self.weights, self.settings = model, task, optimizer, weights, settings
         self.max_steps, self.seed, self.identity = max_steps, seed, identity
         self.evaluation = Evaluation(task, model, task.free_samples)
+        self.validation: dict[str, float] = {}  # of the last one, in full; Lightning rounds its copy to float32
         self.by_position: list[float | None] = []  # of the last validation
         self.received_signal = 0  # by this process
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
@@ -171,9 +172,9 @@ class LabModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         metrics, self.by_position = self.evaluation.compute(self.model)
         weighted = sum(weight.at(self.global_step, self.max_steps) * metrics[name] for name, weight in self.weights.items())
-        metrics = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(metrics, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser
-        self._write(metrics)
+        self.validation = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(self.validation, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser
+        self._write(self.validation)
         self._clock, self._tokens = time.perf_counter(), 0  # validation does not count as training time
 
     # ------------------------------------------------------------------ logs

@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from lab.models import SequenceModel
 
 LOG, LOCK = "job.log", ".lock"
+MONITOR = "val/ce_loss"  # the lowest of all validations chooses the best checkpoint of a run; the first of equals
+BUSY = "another process writes this run"
+PATIENCE = 1.0  # seconds that a writer waits for the lock: `locked` holds it for a moment
 LOCKED_FOLDERS = ("checkpoints", "phases", "attention")  # written by the holder of the lock alone
 OWN_FOLDERS = (*LOCKED_FOLDERS, "eval", "exports")
 OWN_FILES = (
@@ -240,11 +243,12 @@ class Run:
         except FileExistsError:
             raise RunError(f"{self.path} is a file; run_dir is the folder of a run") from None
         with (self.path / LOCK).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise Busy(f"{self.path}: another process writes this run ({lock.read().strip()}); wait for it, or stop it") from None
+            deadline = time.monotonic() + PATIENCE
+            while not _lock(lock, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise Busy(f"{self.path}: {BUSY} ({lock.read().strip()}); wait for it, or stop it")
+                time.sleep(0.02)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -267,11 +271,17 @@ class Run:
         if self._writing:
             return True
         with suppress(FileNotFoundError), (self.path / LOCK).open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
+            return not _lock(lock, fcntl.LOCK_SH)
         return False
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Whether this process has got the lock on the file, until that is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def job_path(composed: Composed) -> Path:
