@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from lab.analysis.render import _rich
 from lab.analysis.report import best_validation, by_run, by_seed, rows
 from lab.cli import report as lab_report
 from lab.training.run import Run
@@ -311,3 +312,12 @@ def test_nothing_heavy_is_imported():
     program = "import sys\nfrom lab.cli.report import main\nassert main(['a']) == 0\nprint({'torch', 'pandas', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stderr
+
+
+def test_a_table_wider_than_the_terminal_has_the_runs_as_columns():
+    for seed in range(5):
+        make(f"runs/a_rather_long_name/{seed}", seed=seed, exact=0.5, config={"optimizer": {"lr": 10.0**-seed}})
+    text = _rich(table("runs"), 80)
+    lines = text.splitlines()
+    assert max(map(len, lines[:-2])) <= 80 and all(f"runs/a_rather_long_name/{seed}" in text for seed in range(5))
+    assert sum("optimizer.lr" in line for line in lines) == 3  # two runs side by side, then two, then one

@@ -216,7 +216,7 @@ def test_a_mistake_in_a_stored_config_says_where_it_is(tmp_path, monkeypatch):
     (run.path / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
     (run.path / "hparams.yaml").write_text("{choices: {model: lot, task: copy_reverse}, code_version: a, git_commit: null}")
     with pytest.raises(
-        ConfigError, match=r"^model.mixer.n_heads \(run/config.yaml:14\): Attention: d_model=16 must be a multiple of n_heads=3"
+        ConfigError, match=r"^model.mixer.n_heads \(run/config.yaml:\d+\): Attention: d_model=16 must be a multiple of n_heads=3"
     ):
         resume("run", [], [])
     with pytest.raises(ConfigError, match=r"^trainer.num_workers \(command line\): expected an int, got 'x'"):

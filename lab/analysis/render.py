@@ -7,10 +7,14 @@ import io
 import json
 import shutil
 import sys
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lab.analysis.report import Report, number
 from lab.files import strict
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Format: TypeAlias = Literal["rich", "markdown", "csv", "json"]
 FORMATS: dict[str, Format] = {"": "rich", ".txt": "rich", ".md": "markdown", ".csv": "csv", ".json": "json"}
@@ -67,25 +71,53 @@ def _markdown(report: Report) -> str:
 
 
 def _rich(report: Report, width: int) -> str:
+    """Runs as lines; where they are wider than the terminal, as columns, as many side by side as there is room for."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     header, lines = _cells(report)
     cells = {name: [line[index] for line in lines] for index, name in enumerate(header)}
     same = [name for name in COMMON if name in cells and len(set(cells[name])) == 1 and cells[name][0]]
-    table = Table()
-    shown = [name for name in header if name not in same]
-    for name in shown:
-        numeric = any(isinstance(row[name], int | float) for row in report.rows)
-        table.add_column(Text(name.replace(" ", "\n").replace("_", "_\n")), justify="right" if numeric else "left", overflow="fold")
-    for line in zip(*(cells[name] for name in shown), strict=True):
-        table.add_row(*map(Text, line))
+    shown = {name: cells[name] for name in header if name not in same}
+    numeric = {name for name in shown if any(isinstance(row[name], int | float) for row in report.rows)}
     text = io.StringIO()
     console = Console(width=width, file=text)
     if same:
         console.print(Text(", ".join(f"{name} {cells[name][0]}" for name in same)), soft_wrap=True)
-    console.print(table)
+    table = _grid([name.replace(" ", "\n") for name in shown], list(zip(*shown.values(), strict=True)), [name in numeric for name in shown])
+    if _width(table) <= width:
+        console.print(table)
+    else:
+        first, others = list(shown)[0], list(shown)[1:]
+        start = 0
+        while start < len(lines):
+            for count in range(len(lines) - start, 0, -1):
+                part = slice(start, start + count)
+                rows = [[name, *shown[name][part]] for name in others]
+                turned = _grid([first, *shown[first][part]], rows, [False] + [True] * count)
+                if count == 1 or _width(turned) <= width:
+                    break
+            console.print(turned)
+            start += count
     for note in report.notes:
         console.print(Text(note), soft_wrap=True)
     return text.getvalue()
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Sequence[bool]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name, right in zip(header, to_the_right, strict=True):
+        table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _width(table: Table) -> int:
+    """The width at which nothing in the table is broken into two lines."""
+    from rich.console import Console
+
+    return Console(width=UNBOUND).measure(table).maximum

@@ -45,13 +45,18 @@ def _main(arguments: argparse.Namespace) -> None:
         from lab.analysis.report import by_run, by_seed, rows
         from lab.config import ConfigError
         from lab.files import write_text
+        from lab.training.run import RunError
 
     form, output = arguments.format, arguments.output
     if output and not form:
         form = FORMATS.get(output.suffix)
         if form is None:
-            raise ConfigError(f"--output {output}: the ending says no format; choose one of {', '.join(FORMATS)}, or add --format")
+            raise ConfigError(
+                f"--output {output}: the ending says no format; choose one of {', '.join(filter(None, FORMATS))}, or add --format"
+            )
     found = rows(arguments.runs)
+    if all(row.status == "no run" for row in found):
+        raise RunError(f"{found[0].path}: {found[0].reason}")
     report = by_seed(found) if arguments.by_seed else by_run(found)
     if output:
         write_text(output, render(report, form))
