@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ RESULT = {
     "model": "lot", "task": "copy_reverse", "split": "val", "checkpoint": "best", "step": 7, "metrics": SCORES,
     "references": {}, "data": {}, "by_length": {"32": SCORES, "64": "not applicable (max_len 32)"},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def every_target_is_there(monkeypatch):
+    monkeypatch.setattr("lab.training.run.Run.open", lambda path: None)
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +301,7 @@ def test_nothing_heavy_is_imported_before_it_must(words, code, absent):
 
 
 @pytest.mark.parametrize("module", ["lab.config", "torch"])
-@pytest.mark.parametrize(("command", "word"), [("train", SMALL), ("eval", "x")])
+@pytest.mark.parametrize(("command", "word"), [("train", SMALL), ("eval", __file__)])
 def test_ctrl_c_during_the_imports(command, word, module):
     """Also where the imported module swallows the exception, as numpy does."""
     program = f"""if True:
@@ -317,3 +323,15 @@ def test_nobody_reads_on():
     command = f'"{sys.executable}" -m lab.cli.train {SMALL} --cfg job | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+GONE = [["lab-eval", "gone"], ["lab-export", "gone"], ["lab-generate", "gone", "--prompt", "1"], ["lab-train", "resume=gone"]]
+
+
+@pytest.mark.parametrize("words", GONE, ids=lambda words: words[0])
+def test_a_run_that_is_not_there_is_told_without_torch(words, tmp_path):
+    module = f"lab.cli.{words[0].removeprefix('lab-')}"
+    program = f"import sys; from {module} import main; code = main({words[1:]!r}); sys.exit(9 if 'torch' in sys.modules else code)"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, f"{words[0]}: gone: there is no such run folder\n")

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 USAGE = 2  # the exit code of a mistake in the command or its config; 1 is a failed run, 128 + n a signal
@@ -47,6 +48,17 @@ def starting(command: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def check_target(command: str, target: str) -> None:
+    """Whether a run or checkpoint is there at all, before the seconds that importing torch takes."""
+    from lab.config import ConfigError
+    from lab.training.run import Run
+
+    if "=" in target and not Path(target).exists():
+        raise ConfigError(f"{target}: the run or checkpoint comes first: {command} RUN_OR_CHECKPOINT {target}")
+    if not Path(target).is_file():
+        Run.open(target)
 
 
 def _run(command: str, body: Callable[[], None]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import Parser, run, starting
+from lab.cli import Parser, check_target, run, starting
 
 USAGE = "lab-eval RUN_OR_CHECKPOINT [KEY=VALUE ...] [--config FILE] [--trust PREFIX] [--json]"
 EXAMPLES = """\
@@ -45,10 +45,8 @@ def _parser() -> Parser:
 
 
 def _main(arguments: argparse.Namespace) -> None:
-    from lab.config import ConfigError
 
-    if "=" in arguments.target:
-        raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-eval RUN_OR_CHECKPOINT {arguments.target}")
+    check_target("lab-eval", arguments.target)
     with starting("lab-eval"):
         from lab.training import evaluate_run
 

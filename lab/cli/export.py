@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import Parser, run, starting
+from lab.cli import Parser, check_target, run, starting
 
 USAGE = "lab-export RUN_OR_CHECKPOINT [checkpoint=last] [--format FORMAT] [--output PATH] [--config FILE] [--trust PREFIX]"
 EXAMPLES = """\
@@ -45,8 +45,7 @@ def _parser() -> Parser:
 def _main(arguments: argparse.Namespace) -> None:
     from lab.config import ConfigError
 
-    if "=" in arguments.target:
-        raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-export RUN_OR_CHECKPOINT {arguments.target}")
+    check_target("lab-export", arguments.target)
     if arguments.onnx is not None:
         if arguments.format not in (None, "onnx") or arguments.output is not None:
             raise ConfigError("--onnx FILE is short for --format onnx --output FILE; leave out --format and --output")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.cli import Parser, run, starting
+from lab.cli import Parser, check_target, run, starting
 
 if TYPE_CHECKING:
     from lab.models import SequenceModel
@@ -55,8 +55,7 @@ def _parser() -> Parser:
 def _main(arguments: argparse.Namespace) -> None:
     from lab.config import ConfigError
 
-    if "=" in arguments.target:
-        raise ConfigError(f"{arguments.target}: the run or checkpoint comes first: lab-generate RUN_OR_CHECKPOINT {arguments.target}")
+    check_target("lab-generate", arguments.target)
     checkpoint = None
     for word in arguments.overrides:
         key, _, checkpoint = word.partition("=")

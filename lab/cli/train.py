@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.cli import Parser, run, starting
+from lab.cli import Parser, check_target, run, starting
 
 USAGE = "lab-train [KEY=VALUE ...] [--config FILE] [options]"
 EXAMPLES = """\
@@ -86,6 +86,7 @@ def _main(arguments: argparse.Namespace) -> None:
     if any(runs):
         if len(runs) > 1 or arguments.config:
             raise ConfigError("resume=RUN goes on by the config that the run stored; leave out --config and a second resume=")
+        check_target("lab-train", str(runs[0]))
         with starting("lab-train"):
             from lab.training import resume
 

@@ -41,6 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lab.analysis.render import render, show
 from lab.analysis.report import SWEEP, by_run, by_seed, rows
 from lab.config import ConfigError, check, check_late, compose, files
+from lab.config.errors import hint
 from lab.config.overrides import SHELL, parse, quote
 from lab.config.validation import LATE
 from lab.files import write_json, write_text
@@ -54,6 +55,8 @@ OF_A_RUN = {"run_dir": "each job has a folder of its own, by its config", "resum
 NOT_THE_SWEEPS = re.compile(r"hydra[./]launcher|fresh=")
 """Words that do not make another sweep: how its jobs are started, and whether from the beginning."""
 ALIVE = ".alive"  # each process of a sweep shares a lock on it for its life
+
+HYDRA_KEYS = ("hydra.launcher.n_jobs", "hydra.sweeper.max_batch_size")  # those that a sweep of ours has a use for
 
 
 def sweep(words: list[str]) -> None:
@@ -69,6 +72,9 @@ def sweep(words: list[str]) -> None:
         try:
             _multirun(plan, about_hydra, swept)
         except (HydraException, OmegaConfBaseException) as error:
+            unknown = re.search(r"Could not override '(hydra\.[\w.]+)'", str(error))
+            if unknown:
+                raise ConfigError(f"{unknown[1]} ({SHELL}): there is no such key{hint(unknown[1], HYDRA_KEYS)}") from None
             raise ConfigError(f"-m: {' '.join(str(error).partition('Config search path')[0].split())}") from error
         finally:
             if plan.file.exists():
