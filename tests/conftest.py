@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,13 @@ class Killer(pl.Callback):
             self.mark.touch()
             os.kill(os.getpid(), self.number)
 '''
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell starts what it puts into the background with Ctrl-C ignored, and its children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

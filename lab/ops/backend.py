@@ -85,8 +85,14 @@ def ops() -> dict[str, tuple[str, ...]]:
 
 
 def used() -> dict[str, str]:
-    """The backend of each op's last call in this process; ops that did not run are missing."""
+    """The backend of each op's last call in this process, or since `forget`; ops that did not run are missing."""
     return {op: backend for op, backend in _used.items() if backend is not None}
+
+
+def forget() -> None:
+    """`used` starts afresh: a run reports what it has used itself."""
+    for op in _used:
+        _used[op] = None
 
 
 def force(choice: Mapping[str, str]) -> None:

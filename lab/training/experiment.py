@@ -63,6 +63,7 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
         experiment = Experiment(**{**config, **built})
         _ = experiment.weights, experiment.max_steps if to_train else None
         ops.force(experiment.ops)
+        ops.forget()
     except ValueError as error:
         raise _mistake(error, dict(config), ()) from error
     initialise(experiment.model, experiment.seed)
