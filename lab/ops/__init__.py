@@ -9,6 +9,6 @@ from lab.ops.selective_scan import selective_scan
 from lab.ops.ssm_kernel import ssm_kernel
 
 __all__ = [
-    "causal_conv", "fft_conv", "force", "forget", "kuramoto_scan", "linear_recurrence", "ops", "recording", "selective_scan", "ssm_kernel", "use",
-    "used",
+    "causal_conv", "fft_conv", "force", "forget", "kuramoto_scan", "linear_recurrence", "ops", "recording", "selective_scan", "ssm_kernel",
+    "use", "used",
 ]  # fmt: skip
