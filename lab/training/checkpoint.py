@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import zipfile
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from lab.files import sync_folder, unlike
+from lab.files import atomic, unlike
 from lab.training.run import RunError
 
 CHECKPOINT = {"lab": dict, "state_dict": dict, "global_step": int}
@@ -27,19 +26,8 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes beside the target, syncs and renames: a crash at any moment leaves the old file or the new one, never half of one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        with atomic(Path(path)) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(path)

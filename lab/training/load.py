@@ -47,7 +47,9 @@ def find_checkpoint(target: str | Path, checkpoint: str | None = None) -> Path:
     file = run.checkpoints / f"{checkpoint}.ckpt"
     if not file.exists():
         job = run.job()
-        status = f"it is {job['status']}: {job.get('reason') or 'no reason given'}" if job else "it has not begun"
+        status = f"it is {job['status']}" + (f": {job['reason']}" if job.get("reason") else "") if job else "it has not begun"
+        others = [name for name in ("best", "last") if (run.checkpoints / f"{name}.ckpt").exists()]
+        status += f"; it has {others[0]}.ckpt: checkpoint={others[0]}" if others else ""
         raise RunError(f"{path} has no checkpoint {file.name}; {status}")
     return file
 
