@@ -1,0 +1,359 @@
+"""What the ops cost beside other ways to compute the same: installed packages, and the plain PyTorch forms written out below.
+
+    python scripts/bench_ops.py [--allocator default|reuse|both] [--threads 1] [--only NAME] [--compile] [--json FILE]
+
+For each row: the same float32 inputs, in one process, in turn, medians of the process CPU time; the difference is the largest one of the
+results and of all gradients, as a part of the largest number there; the memory is what a fresh process needs for one call at its peak.
+Peers: pip install .[bench]; a row whose peer is missing says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import NamedTuple
+
+import benchmark
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from lab.files import write_json
+from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
+from lab.ops.kuramoto_scan import reference as kuramoto_loop
+
+Function = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    name: str
+    shape: str
+    inputs: Callable[[], list[Tensor]]
+    lab: Function
+    peers: Mapping[str, Function]  # of the same inputs; they import their package when they are called
+    backward: bool = True
+    compared: Function = lambda y: y  # what of the result must agree
+
+
+# ---- the peers
+
+
+def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    from mambapy.mamba import MambaBlock
+
+    return MambaBlock.selective_scan(None, u, dt, A, B, C, D)
+
+
+def selecting_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The published reference: all decays first, then a loop that selects time steps; its backward pass grows with L^2."""
+    decay, x = torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None]
+    h, steps = torch.zeros_like(decay[:, 0]), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + x[:, t]
+        steps.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(steps, 1) + u * D
+
+
+def sixteen_steps(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    steps = []
+    for x, d, b, c in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        h = torch.exp(d[..., None] * A) * h + (d * x)[..., None] * b[:, None]
+        steps.append((h * c[:, None]).sum(-1))
+    return torch.stack(steps, 1), h
+
+
+@cache
+def compiled_steps() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(sixteen_steps, fullgraph=True, dynamic=False)
+
+
+def compiled_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    h, chunks = u.new_zeros(u.shape[0], *A.shape), []
+    for parts in zip(*(t.split(16, 1) for t in (u, dt, B, C)), strict=True):
+        y, h = compiled_steps()(h, parts[0], parts[1], A, parts[2], parts[3])
+        chunks.append(y)
+    return torch.cat(chunks, 1) + u * D
+
+
+def s5_scan(a: Tensor, x: Tensor) -> Tensor:
+    from s5.jax_compat import associative_scan
+    from s5.s5_model import binary_operator
+
+    decays = a.expand(x.shape[1:])
+    return torch.stack([associative_scan(binary_operator, (decays, row))[1] for row in x])
+
+
+def plain_loop(a: Tensor, x: Tensor) -> Tensor:
+    h, steps = torch.zeros_like(x[:, 0]), []
+    for now in x.unbind(1):
+        h = a * h + now
+        steps.append(h)
+    return torch.stack(steps, 1)
+
+
+def by_fft(a: Tensor, x: Tensor) -> Tensor:
+    return padded_fft(x, a[:, None] ** torch.arange(x.shape[1]))
+
+
+def by_matmul(a: Tensor, x: Tensor, chunk: int = 64) -> Tensor:
+    """Inside a chunk a lower triangular matrix of powers for each channel, from chunk to chunk a loop."""
+    place = torch.arange(chunk)
+    powers = (a[:, None, None] ** (place[:, None] - place).clamp(min=0)).tril()  # (D, chunk, chunk)
+    inside = torch.einsum("dij,bnjd->bnid", powers, x.unflatten(1, (-1, chunk)))
+    onward, h, chunks = a ** (place + 1)[:, None], torch.zeros_like(x[:, 0]), []
+    for part in inside.unbind(1):
+        part = part + onward * h[:, None]
+        h = part[:, -1]
+        chunks.append(part)
+    return torch.cat(chunks, 1)
+
+
+def laminarnet_scan(a: Tensor, x: Tensor, chunk: int = 256) -> Tensor:
+    """As laminarnet 0.7.11 computes it: sums of x_t / (a_0 .. a_t), the exponents clamped at -20; not exact."""
+    B, L, D = x.shape
+    logs = a.log().view(B, -1, chunk, D).cumsum(2).clamp(-20.0, 0.0)
+    top = logs.amax(2, keepdim=True)
+    inside = torch.exp(logs - top) * torch.cumsum(torch.exp(top - logs) * x.view(B, -1, chunk, D), 2)
+    total = logs[:, :, -1].cumsum(1).clamp(-80.0, 0.0)
+    total = (total - total.amax(1, keepdim=True)).clamp(-20.0, 0.0)
+    seeds = F.pad((inside[:, :, -1] * torch.exp(-total))[:, :-1], (0, 0, 1, 0)).cumsum(1)
+    return (inside + (seeds * torch.exp(total))[:, :, None] * torch.exp(logs)).view(B, L, D)
+
+
+def public_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
+    """As the public s4d.py computes it."""
+    powers = torch.exp(torch.view_as_complex(w)[..., None] * torch.arange(length))
+    return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
+
+
+def padded_fft(u: Tensor, K: Tensor) -> Tensor:
+    L = u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L].transpose(1, 2)
+
+
+def conv1d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """x (B, D, L)"""
+    return F.conv1d(x, w.T[:, None], bias, padding=w.shape[0] - 1, groups=x.shape[1])[..., : x.shape[2]]
+
+
+# ---- what is measured
+
+
+def cases(quick: bool, compiled: bool = False) -> list[Case]:
+    def scan(B: int, L: int, E: int, N: int) -> dict:
+        def inputs() -> list[Tensor]:
+            steps = [torch.randn(B, L, E), F.softplus(torch.randn(B, L, E) - 2)]
+            return [*steps, -torch.randn(E, N).exp(), torch.randn(B, L, N), torch.randn(B, L, N), torch.randn(E)]
+
+        return {"shape": f"B {B}, L {L}, E {E}, N {N}", "inputs": inputs, "lab": lambda *args: selective_scan(*args)[0]}
+
+    def recurrence(B: int, L: int, D: int, per_step: bool = False, dtype: torch.dtype = torch.float32) -> dict:
+        def inputs() -> list[Tensor]:
+            a = torch.exp(-F.softplus(torch.randn(B, L, D) - 3)) if per_step else torch.rand(D) * 0.5 + 0.5
+            return [torch.polar(a, torch.rand(D)) if dtype.is_complex else a, torch.randn(B, L, D, dtype=dtype)]
+
+        return {"shape": f"B {B}, L {L}, D {D}", "inputs": inputs, "lab": lambda a, x: linear_recurrence(a, x)[0]}
+
+    def s4d(H: int, N: int) -> list[Tensor]:
+        decay, frequency = torch.full((H, N), -0.5), math.pi * torch.arange(N).expand(H, N)
+        dt = torch.logspace(-3, -1, H)[:, None, None]
+        return [dt * torch.stack([decay, frequency], -1), torch.randn(H, N, 2)]
+
+    def convolution(B: int, L: int, D: int) -> dict:
+        return {"shape": f"B {B}, L {L}, D {D}, K 4", "inputs": lambda: [torch.randn(B, L, D), torch.randn(4, D), torch.randn(D)]}
+
+    def oscillators(B: int, L: int, H: int) -> dict:
+        def inputs() -> list[Tensor]:
+            return [torch.rand(B, H), torch.randn(B, L, H), torch.rand(H), torch.rand(H), torch.randn(H, H) / H]
+
+        return {"shape": f"B {B}, L {L}, H {H}", "inputs": inputs, "lab": lambda *args: kuramoto_scan(*args, dt=0.1)[0]}
+
+    s = 16 if quick else 1  # how much smaller everything is
+    L, E, H, P = 1024 // s, 512 // s, 256 // s, 4096 // s
+    states = 32 // s
+    long = f"B 4, L {P}, H {H}, N {2 * states}"
+    peers: dict[str, Function] = {benchmark.version("mambapy"): mambapy_scan}
+    compile_too: dict[str, Function] = {"torch.compile of 16 steps": compiled_scan} if compiled else {}
+    return [
+        Case("selective_scan", **scan(4, L, E, 16), peers={**peers, **compile_too}),
+        Case("selective_scan, forward", **scan(4, L, E, 16), peers={**peers, **compile_too}, backward=False),
+        Case("selective_scan, short", **scan(4, L // 4, E, 16), peers={"the published reference loop": selecting_loop}),
+        Case(
+            "linear_recurrence", **recurrence(1, P, H, dtype=torch.complex64), peers={benchmark.version("s5-pytorch"): s5_scan}
+        ),
+        Case(
+            "linear_recurrence, real",
+            **recurrence(4, L, 128 // s),
+            peers={"Python loop": plain_loop, "FFT": by_fft, "chunked matmul": by_matmul},
+        ),
+        Case("linear_recurrence, per step", **recurrence(4, max(L, 256), H, True), peers={"laminarnet 0.7.11's form": laminarnet_scan}),
+        Case(
+            "ssm_kernel",
+            f"H {H}, N {2 * states}, L {P}",
+            lambda: s4d(H, states),
+            partial(ssm_kernel, length=P),
+            {"the public s4d.py's form": partial(public_kernel, length=P)},
+        ),
+        Case(
+            "ssm_kernel + fft_conv",
+            long,
+            lambda: [torch.randn(4, P, H), *s4d(H, states)],
+            lambda u, w, c: fft_conv(u, ssm_kernel(w, c, P)),
+            {"the public s4d.py's form": lambda u, w, c: padded_fft(u, public_kernel(w, c, P))},
+        ),
+        Case(
+            "fft_conv",
+            f"B 4, L {P}, D {H}",
+            lambda: [torch.randn(4, P, H), torch.randn(H, P) / P],
+            fft_conv,
+            {"torch.fft, padded": padded_fft},
+        ),
+        Case(
+            "causal_conv",
+            **convolution(4, L, E),
+            lab=lambda x, w, b: causal_conv(x, w, b)[0],
+            peers={"conv1d with transposes": lambda x, w, b: conv1d(x.transpose(1, 2), w, b).transpose(1, 2).contiguous()},
+        ),
+        Case(
+            "causal_conv, each in its own layout",
+            **convolution(4, L, E),
+            lab=lambda x, w, b: causal_conv(x, w, b)[0],
+            peers={"conv1d on (B, D, L)": lambda x, w, b: conv1d(x.view(x.shape[0], x.shape[2], -1), w, b)},
+            compared=lambda y: y.new_zeros(1),  # the same numbers in another order
+        ),
+        Case(
+            "kuramoto_scan",
+            **oscillators(32 // s, 64 // s, 8),
+            peers={"Python loop": lambda *args: kuramoto_loop(*args, dt=0.1)[:, :-1]},
+            compared=torch.sin,
+        ),
+    ]  # fmt: skip
+
+
+def runner(case: Case, function: Function, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """One forward pass, or one forward and one backward."""
+    if not case.backward:
+        return torch.no_grad()(lambda: function(*inputs))
+    with torch.no_grad():
+        grad = torch.randn_like(function(*inputs))
+
+    def run() -> Tensor:
+        for t in inputs:
+            t.grad = None
+        y = function(*inputs)
+        y.backward(grad)
+        return y.detach()
+
+    return run
+
+
+def difference(case: Case, function: Function, inputs: list[Tensor]) -> float:
+    """The largest difference between lab's results and gradients and the peer's, as a part of the largest number there."""
+    sides = []
+    for side in (case.lab, function):
+        ours = [t.detach().clone().requires_grad_(case.backward) for t in inputs]
+        y = case.compared(side(*ours))
+        torch.manual_seed(0)
+        if case.backward and y.requires_grad:
+            y.backward(torch.randn(y.shape, dtype=y.dtype))  # not randn_like, which follows the strides of y
+        sides.append([y.detach(), *(t.grad for t in ours if t.grad is not None)])
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(*sides, strict=True))
+
+
+def prepared(case: Case) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [t.requires_grad_(case.backward) for t in case.inputs()]
+
+
+def functions(case: Case) -> dict[str, Function]:
+    return {"lab": case.lab, **case.peers}
+
+
+def absent(small: list[Case]) -> dict[str, str]:
+    """Runs everything once, so that it is imported: the peers that are not installed, with what their rows say."""
+    notes = {}
+    for case in small:
+        for name, function in functions(case).items():
+            try:
+                runner(case, function, prepared(case))()
+            except ModuleNotFoundError as error:
+                notes[name] = benchmark.missing(error)
+    return notes
+
+
+def measure(case: Case, memory: dict[str, float], args: argparse.Namespace) -> list[benchmark.Row]:
+    """A row for each peer; memory: of the sides that can run."""
+    inputs = prepared(case)
+    timings = benchmark.in_turn({name: runner(case, f, inputs) for name, f in functions(case).items() if name in memory}, args.repeats)
+    lab, rows = timings["lab"], []
+    for name, function in case.peers.items():
+        row = {"name": case.name, "shape": case.shape, "against": name, "allocator": args.allocator}
+        if name in timings:
+            peer = timings[name]
+            row |= {"lab_ms": lab.ms, "peer_ms": peer.ms, "ratio": peer.ms / lab.ms, "spread": lab.spread + peer.spread}
+            row |= {"lab_mb": memory["lab"], "peer_mb": memory[name], "difference": difference(case, function, inputs)}
+        rows.append(row)
+    return rows
+
+
+def threads(case: Case, args: argparse.Namespace) -> benchmark.Row:
+    """Wall-clock time with one thread and with two."""
+    row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "allocator": args.allocator}
+    if (os.cpu_count() or 1) < 2:
+        return {**row, "note": "this machine has one core"}
+    run = runner(case, case.lab, prepared(case))
+
+    def with_threads(count: int) -> None:
+        torch.set_num_threads(count)
+        run()
+
+    timings = benchmark.in_turn({"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, 2 * args.repeats, clock=time.perf_counter)
+    torch.set_num_threads(args.threads)
+    one, two = timings["one"], timings["two"]
+    return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread, "note": "wall clock"}
+
+
+def table(rows: list[benchmark.Row]) -> Table:
+    shown = Table(title="ratio = the other's CPU time / lab's")
+    for column in ("op", "against", "allocator", "lab, ms", "other, ms", "ratio", "spread", "lab, MiB", "other, MiB", "difference"):
+        shown.add_column(column, justify="left" if column in ("op", "against", "allocator") else "right")
+    for row in rows:
+        figures = [benchmark.said(row.get(key)) for key in ("lab_ms", "peer_ms", "ratio", "spread", "lab_mb", "peer_mb", "difference")]
+        if "ratio" not in row:
+            figures[0] = row["note"]
+        shown.add_row(f"{row['name']} ({row['shape']})", row["against"], row["allocator"], *figures)
+    return shown
+
+
+def main() -> None:
+    parser = benchmark.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="torch.compile of 16 steps as a peer too: compiling takes minutes")
+    args = parser.parse_args()
+    if args.allocator == "both":
+        report = benchmark.both_allocators()
+    else:
+        benchmark.use_allocator(args.allocator)
+        torch.set_num_threads(1)
+        notes = absent(cases(True, args.compile))
+        chosen = [case for case in cases(args.quick, args.compile) if args.only in case.name]
+        memory: dict[str, dict[str, float]] = {}  # of each case and side, before this process has computed anything of size
+        for case in chosen:
+            sides = {name: function for name, function in functions(case).items() if name not in notes}
+            memory[case.name] = {name: benchmark.peak(lambda f=f, case=case: runner(case, f, prepared(case))) for name, f in sides.items()}
+        torch.set_num_threads(args.threads)
+        rows = [row | {"note": notes.get(row["against"])} for case in chosen for row in measure(case, memory[case.name], args)]
+        rows += [threads(case, args) for case in chosen if case.backward and "," not in case.name and "+" not in case.name]
+        report = benchmark.report(rows)
+    Console(width=200).print(table(report["rows"]))
+    if args.json:
+        write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()
