@@ -287,13 +287,23 @@ def absent(small: list[Case]) -> dict[str, str]:
     return notes
 
 
-def measure(case: Case, memory: dict[str, float], args: argparse.Namespace) -> list[benchmark.Row]:
-    """A row for each peer; memory: of the sides that can run."""
+def peak(case: Case, small: Case, side: str) -> float:
+    def prepare() -> Callable[[], Tensor]:
+        runner(small, functions(small)[side], prepared(small))()  # what is loaded at the first call does not count
+        return runner(case, functions(case)[side], prepared(case))
+
+    return benchmark.peak(prepare)
+
+
+def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -> list[benchmark.Row]:
+    """A row for each peer."""
+    sides = {name: function for name, function in functions(case).items() if name not in missing}
+    memory = {name: peak(case, small, name) for name in sides}
     inputs = prepared(case)
-    timings = benchmark.in_turn({name: runner(case, f, inputs) for name, f in functions(case).items() if name in memory}, args.repeats)
+    timings = benchmark.in_turn({name: runner(case, f, inputs) for name, f in sides.items()}, repeats)
     lab, rows = timings["lab"], []
     for name, function in case.peers.items():
-        row = {"name": case.name, "shape": case.shape, "against": name, "allocator": args.allocator}
+        row = {"name": case.name, "shape": case.shape, "against": name, "note": missing.get(name)}
         if name in timings:
             peer = timings[name]
             row |= {"lab_ms": lab.ms, "peer_ms": peer.ms, "ratio": peer.ms / lab.ms, "spread": lab.spread + peer.spread}
@@ -304,7 +314,7 @@ def measure(case: Case, memory: dict[str, float], args: argparse.Namespace) -> l
 
 def threads(case: Case, args: argparse.Namespace) -> benchmark.Row:
     """Wall-clock time with one thread and with two."""
-    row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "allocator": args.allocator}
+    row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "note": "wall clock"}
     if (os.cpu_count() or 1) < 2:
         return {**row, "note": "this machine has one core"}
     run = runner(case, case.lab, prepared(case))
@@ -313,10 +323,12 @@ def threads(case: Case, args: argparse.Namespace) -> benchmark.Row:
         torch.set_num_threads(count)
         run()
 
-    timings = benchmark.in_turn({"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, 2 * args.repeats, clock=time.perf_counter)
+    timings = benchmark.in_turn(
+        {"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, 2 * args.repeats, clock=time.perf_counter
+    )
     torch.set_num_threads(args.threads)
     one, two = timings["one"], timings["two"]
-    return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread, "note": "wall clock"}
+    return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread}
 
 
 def table(rows: list[benchmark.Row]) -> Table:
@@ -335,21 +347,16 @@ def main() -> None:
     parser = benchmark.arguments(__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="torch.compile of 16 steps as a peer too: compiling takes minutes")
     args = parser.parse_args()
-    if args.allocator == "both":
-        report = benchmark.both_allocators()
-    else:
-        benchmark.use_allocator(args.allocator)
-        torch.set_num_threads(1)
-        notes = absent(cases(True, args.compile))
-        chosen = [case for case in cases(args.quick, args.compile) if args.only in case.name]
-        memory: dict[str, dict[str, float]] = {}  # of each case and side, before this process has computed anything of size
-        for case in chosen:
-            sides = {name: function for name, function in functions(case).items() if name not in notes}
-            memory[case.name] = {name: benchmark.peak(lambda f=f, case=case: runner(case, f, prepared(case))) for name, f in sides.items()}
-        torch.set_num_threads(args.threads)
-        rows = [row | {"note": notes.get(row["against"])} for case in chosen for row in measure(case, memory[case.name], args)]
-        rows += [threads(case, args) for case in chosen if case.backward and "," not in case.name and "+" not in case.name]
-        report = benchmark.report(rows)
+    pairs = zip(cases(args.quick, args.compile), cases(True, args.compile), strict=True)
+    chosen = [(case, small) for case, small in pairs if args.only in case.name]
+
+    def rows(allocator: str) -> dict[str, list[benchmark.Row]]:
+        missing = absent([small for _, small in chosen])
+        measured = [row for case, small in chosen for row in measure(case, small, missing, args.repeats)]
+        measured += [threads(case, args) for case, _ in chosen if case.backward and "," not in case.name and "+" not in case.name]
+        return {"rows": [{**row, "allocator": allocator} for row in measured]}
+
+    report = benchmark.report(benchmark.with_allocator(args.allocator, args.threads, rows), args.threads)
     Console(width=200).print(table(report["rows"]))
     if args.json:
         write_json(args.json, report)

@@ -6,14 +6,12 @@ import argparse
 import ctypes
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,25 +31,25 @@ def in_turn(
     sides: Mapping[str, Callable[[], object]], repeats: int, budget: float = 20.0, clock: Callable[[], float] = time.process_time
 ) -> dict[str, Timing]:
     """Times the sides one after the other, `repeats` times around, so that a busy machine disturbs all of them alike. A side that has
-    used up its budget, in seconds, is left out of the later rounds; a fast one runs several times in each, 20 ms at least."""
+    used up its budget, in seconds, is left out of the later rounds; a fast one runs several times in each, for 20 ms or so."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     calls = {}
     for name, side in sides.items():
-        side()  # once for imports and memory
-        start = clock()
-        side()
-        first = clock() - start
+        first = seconds(side, 1, clock)  # this one warms up
         calls[name] = max(1, min(200, round(0.02 / max(first, 1e-6))))
-        if first > budget / repeats:
-            taken[name].append(first)
     for _ in range(repeats):
         for name, side in sides.items():
             if sum(taken[name]) * calls[name] < budget:
-                start = clock()
-                for _ in range(calls[name]):
-                    side()
-                taken[name].append((clock() - start) / calls[name])
+                taken[name].append(seconds(side, calls[name], clock))
     return {name: timing(times) for name, times in taken.items()}
+
+
+def seconds(side: Callable[[], object], calls: int = 1, clock: Callable[[], float] = time.process_time) -> float:
+    """Of one call, as a mean."""
+    start = clock()
+    for _ in range(calls):
+        side()
+    return (clock() - start) / calls
 
 
 def timing(seconds: Sequence[float]) -> Timing:
@@ -60,30 +58,49 @@ def timing(seconds: Sequence[float]) -> Timing:
     return Timing(median * 1e3, (quartiles[2] - quartiles[0]) / 2 / median)
 
 
-def peak(prepare: Callable[[], Callable[[], object]]) -> float:
-    """MiB by which the resident memory rises, at its peak, while what `prepare` returns runs: in a forked process of its own, so before
-    this one has computed anything (threads do not survive a fork, and memory that is free again would not count)."""
+def in_child(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a forked process of its own, through JSON; None where the system ended that, for want of memory."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
-            run = prepare()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
-            before = status("VmRSS")
-            run()
-            os.write(writing, str(status("VmHWM") - before).encode())
-        finally:
+            os.write(writing, json.dumps(function()).encode())
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
-    return float(said) if said else math.nan  # nothing: it was killed
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended > 0:
+        raise SystemExit(ended)
+    return None if ended else json.loads(said)
 
 
-def status(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 1024
+def peak(prepare: Callable[[], Callable[[], object]]) -> float | None:
+    """MiB by which the resident memory rises, at its peak, while what `prepare` returns runs, in a process and on a thread of its own:
+    other threads do not survive a fork."""
+
+    def measured() -> float:
+        import torch
+
+        torch.set_num_threads(1)
+        run = prepare()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # memory that is free already would not count
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
+        before = mebibytes("self/status", "VmRSS")
+        run()
+        return mebibytes("self/status", "VmHWM") - before
+
+    return in_child(measured)
+
+
+def mebibytes(file: str, key: str) -> float:
+    lines = (Path("/proc") / file).read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) / 1024
 
 
 def use_allocator(name: str) -> None:
@@ -122,32 +139,31 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def both_allocators() -> dict[str, Any]:
-    """The report of a process for each allocator, as one."""
-    reports = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ALLOCATORS:
-            file = Path(folder) / f"{name}.json"
-            command = [sys.executable, *sys.argv, "--allocator", name, "--json", str(file)]  # the last ones win
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            reports.append(json.loads(file.read_text()))
-    return {**reports[0], "rows": [row for report in reports for row in report["rows"]]}
+def with_allocator(name: str, threads: int, measure: Callable[[str], dict[str, list[Row]]]) -> dict[str, list[Row]]:
+    """The rows of one allocator, or of both, each in a process of its own."""
+    import torch
+
+    if name == "both":
+        parts = [in_child(lambda name=name: with_allocator(name, threads, measure)) for name in ALLOCATORS]
+        return {key: [row for part in parts for row in part[key]] for key in parts[0]}
+    use_allocator(name)
+    torch.set_num_threads(threads)
+    return measure(name)
 
 
-def report(rows: list[Row]) -> dict[str, Any]:
+def report(lists: dict[str, list[Row]], threads: int) -> dict[str, Any]:
     import torch
 
     from lab.ops import native
 
-    words = [word for word in sys.argv[1:]]
     return {
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *words]),
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": {
-            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__,
             "python": platform.python_version(), "libc": " ".join(platform.libc_ver()), "kernels": native.SAYS,
         },
-        "rows": rows,
+        **lists,
     }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""docs/performance.md from the figures of the benchmarks.
+
+python scripts/bench_ops.py --json ops.json
+python scripts/bench_models.py --json models.json
+python scripts/bench_docs.py ops.json models.json > docs/performance.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+INTRODUCTION = """\
+# Performance
+
+What lab's ops and models cost beside other ways to compute the same, on one CPU. This page is written by the benchmarks:
+
+{commands}
+
+| | |
+|---|---|
+{machine}
+| date | {date} |
+
+A ratio is the other's CPU time over lab's, above 1 where lab is faster. Both sides get the same float32 inputs, in one process, in turn,
+with the same threads and the same allocator; a time is the median of several. The machine was busy with other work, so process CPU time,
+not wall-clock time, is compared; ± is half the distance between the quartiles of the two times, added. The difference is the largest one
+between both sides' results (and gradients), as a part of the largest number there. Memory is what one call, or one training step, adds
+at its peak, in a process of its own.
+
+Allocator: by default, glibc maps every large tensor anew and gives it back, and each page costs time again. `reuse` keeps the memory
+(`mallopt`: no mapping, no trimming), for both sides; in lab-train that is `trainer.reuse_memory=true`.
+"""
+OPS = """
+## Ops
+
+Forward and backward, unless a row says forward.
+
+| op | against | lab, ms | other, ms | ratio | ratio, reuse | ± | lab, MiB | other, MiB | difference |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+THREADS = """
+### Two threads
+
+Wall-clock time, so other work on the machine counts; the allocator keeps its memory.
+
+| op | 1 thread, ms | 2 threads, ms | ratio |
+|---|---|---|---|
+"""
+MODELS = """
+## Training steps
+
+Forward, cross-entropy, backward, clipping and AdamW; 4 layers, d_model 256, vocabulary 256, batch {batch}. mambapy and s5-pytorch give the
+layer, in lab's trunk; transformers the whole model. All start from the same weights.
+
+| model | against | L | lab, ms | other, ms | ratio | ratio, reuse | ± | lab, MiB | other, MiB | difference |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+GROWTH = """
+## Growth with the length
+
+A training step of batch 1, otherwise as above; the exponent is the slope of the best line through log cost over log length, 1 is linear.
+
+| model | allocator | time | memory | {lengths} |
+|---|---|---|---|{bars}
+"""
+
+
+def figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if 0.01 <= value < 10 else f"{value:.0f}" if 10 <= value < 1e5 else f"{value:.0e}"
+
+
+def paired(rows: list[Row], *keys: str) -> list[tuple[Row, Row]]:
+    """The rows of the two allocators side by side."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["allocator"]] = row
+    return [(pair["default"], pair.get("reuse", {})) for pair in found.values()]
+
+
+def line(*cells: Any) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |\n"
+
+
+def compared(row: Row, reuse: Row) -> list[str]:
+    if row.get("ratio") is None:
+        return [row["note"], "", "", "", "", "", "", ""]
+    ratios = [f"**{figure(row['ratio'])}**", f"**{figure(reuse.get('ratio'))}**"]
+    return [
+        figure(row["lab_ms"]), figure(row["peer_ms"]), *ratios, f"{row['spread']:.0%}", figure(row["lab_mb"]), figure(row["peer_mb"]),
+        f"{row['difference']:.0e}",
+    ]  # fmt: skip
+
+
+def page(ops: Row, models: Row) -> str:
+    machine = "".join(line(key, value) for key, value in ops["machine"].items())
+    commands = "\n".join(f"    {report['command']}" for report in (ops, models))
+    text = INTRODUCTION.format(commands=commands, machine=machine.rstrip(), date=ops["date"])
+    single = [row for row in ops["rows"] if "2 threads" not in row["name"]]
+    text += OPS + "".join(
+        line(f"{row['name']}, {row['shape']}", row["against"], *compared(row, reuse)) for row, reuse in paired(single, "name", "against")
+    )
+    text += THREADS
+    for default, reuse in paired([row for row in ops["rows"] if row not in single], "name"):
+        row = reuse or default
+        text += line(row["name"].removesuffix(", 2 threads"), *(figure(row.get(key)) for key in ("peer_ms", "lab_ms", "ratio")))
+    text += MODELS.format(batch=models["rows"][0]["batch"])
+    for row, reuse in paired(models["rows"], "name", "against", "length"):
+        text += line(row["name"], row["against"], row["length"], *compared(row, reuse))
+    lengths = models["growth"][0]["lengths"]
+    text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
+    for row in models["growth"]:
+        exponents = [f"**{row[key]:.2f}**" for key in ("time_exponent", "memory_exponent")]
+        each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
+        text += line(row["name"], row["allocator"], *exponents, *each)
+    return text
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(*(json.loads(Path(file).read_text()) for file in sys.argv[1:3])))

@@ -1,0 +1,67 @@
+"""The benchmarks run at tiny sizes, with peers that are not installed: whether they measure, not what."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("bench_ops", *arguments) -> what it printed and its JSON, without the peers even where they are installed."""
+    for module in ("mambapy", "s5", "transformers"):
+        (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+    def run(name, *arguments):
+        file = tmp_path / f"{name}.json"
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--quick", "--repeats", "1", "--json", str(file), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads(file.read_text())
+
+    return run
+
+
+def test_ops(script):
+    printed, report = script("bench_ops", "--allocator", "default")
+    rows = {(row["name"], row["against"].split()[0]): row for row in report["rows"]}
+    assert (
+        rows["selective_scan", "mambapy"]["note"] == "not installed: pip install mambapy"
+        and "ratio" not in rows["selective_scan", "mambapy"]
+    )
+    assert rows["linear_recurrence", "s5-pytorch"]["note"] == "not installed: pip install s5-pytorch"
+    measured = [row for row in report["rows"] if "ratio" in row and row["against"] != "1 thread"]
+    assert len(measured) >= 9
+    for row in measured:
+        assert row["lab_ms"] > 0 and row["peer_ms"] > 0 and row["ratio"] == row["peer_ms"] / row["lab_ms"]
+        assert row["lab_mb"] >= 0 and row["peer_mb"] >= 0
+        assert row["difference"] < 1e-4 or "laminarnet" in row["against"], row  # its form is not exact
+    assert {"cpu", "threads", "torch"} <= set(report["machine"]) and "not installed" in printed
+
+
+def test_models_and_the_page(script, tmp_path):
+    _, report = script("bench_models", "--only", "mamba")  # both allocators
+    assert {(row["against"].split()[0], row["allocator"], row["note"]) for row in report["rows"]} == {
+        (peer, allocator, f"not installed: pip install {peer}")
+        for peer in ("mambapy", "transformers")
+        for allocator in ("default", "reuse")
+    }
+    assert [row["allocator"] for row in report["growth"]] == ["default", "reuse"]
+    for row in report["growth"]:
+        assert len(row["ms"]) == len(row["lengths"]) and all(ms > 0 for ms in row["ms"]) and row["time_exponent"] < 3
+    script("bench_ops", "--only", "kuramoto")  # both too
+    files = [str(tmp_path / f"{name}.json") for name in ("bench_ops", "bench_models")]
+    page = subprocess.run([sys.executable, ROOT / "scripts" / "bench_docs.py", *files], capture_output=True, text=True, check=True).stdout
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == 3 for line in tables[:3]) and "| kuramoto_scan, B 2, L 4, H 8 | Python loop |" in page
+    assert "pip install transformers" in page and page.count("| mamba |") == 6
