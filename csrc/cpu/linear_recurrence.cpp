@@ -19,13 +19,12 @@ template <class T> struct Real {
 template <class T, bool COMPLEX> struct DecayOf { using type = typename Real<T>::Decay; };
 template <class T> struct DecayOf<T, true> { using type = Factor<T>; };
 
-// NV vectors; `n` real numbers in all, and only the last vector may be narrower.
-template <class T, bool COMPLEX, bool PER_STEP, int NV>
-void forward(const T* a, const T* x, const T* h0, T* h, int64_t L, int64_t D, int64_t n) {
+// NV vectors; only the last one may be narrower, `last` real numbers.
+template <class T, bool COMPLEX, bool PER_STEP, int NV, class Last>
+void forward(const T* a, const T* x, const T* h0, T* h, int64_t L, int64_t D, Last last) {
   using Decay = typename DecayOf<T, COMPLEX>::type;
   constexpr int64_t W = WIDTH<T>;
-  const int64_t last = n - (NV - 1) * W;
-  auto lanes = [&](int j) { return j == NV - 1 ? last : W; };
+  auto lanes = [&](int j) -> int64_t { return j == NV - 1 ? last : W; };
   Vector<T> state[NV];
   Decay decay[NV];
   for (int j = 0; j < NV; j++) {
@@ -44,12 +43,11 @@ void forward(const T* a, const T* x, const T* h0, T* h, int64_t L, int64_t D, in
 }
 
 // g_t = gh_t + conj(a_{t+1}) g_{t+1} is the gradient of x_t; that of a_t is g_t conj(h_{t-1}), that of h0 is conj(a_0) g_0.
-template <class T, bool COMPLEX, bool PER_STEP, int NV>
-void backward(const T* a, const T* h, const T* h0, const T* gh, T* gx, T* ga, T* gh0, int64_t L, int64_t D, int64_t n) {
+template <class T, bool COMPLEX, bool PER_STEP, int NV, class Last>
+void backward(const T* a, const T* h, const T* h0, const T* gh, T* gx, T* ga, T* gh0, int64_t L, int64_t D, Last last) {
   using Decay = typename DecayOf<T, COMPLEX>::type;
   constexpr int64_t W = WIDTH<T>;
-  const int64_t last = n - (NV - 1) * W;
-  auto lanes = [&](int j) { return j == NV - 1 ? last : W; };
+  auto lanes = [&](int j) -> int64_t { return j == NV - 1 ? last : W; };
   Vector<T> carried[NV], total[NV];
   Decay decay[NV];
   for (int j = 0; j < NV; j++) {
@@ -79,38 +77,40 @@ void backward(const T* a, const T* h, const T* h0, const T* gh, T* gx, T* ga, T*
   }
 }
 
-// Calls f(NV, row, first channel, channels) for each tile of each row, in parallel.
+// Calls f(NV, row, first channel, numbers in the last vector) for each tile of each row, in parallel.
 template <class T, class F> void over_tiles(int64_t B, int64_t D, int64_t threads, F f) {
-  constexpr int64_t tile = K * WIDTH<T>;
+  constexpr int64_t W = WIDTH<T>, tile = K * W;
   const int64_t tiles = (D + tile - 1) / tile;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < B * tiles; task++) {
-    const int64_t b = task / tiles, d = task % tiles * tile, n = d + tile < D ? tile : D - d;
-    switch ((n + WIDTH<T> - 1) / WIDTH<T>) {
-      case 1: f(std::integral_constant<int, 1>{}, b, d, n); break;
-      case 2: f(std::integral_constant<int, 2>{}, b, d, n); break;
-      case 3: f(std::integral_constant<int, 3>{}, b, d, n); break;
-      default: f(std::integral_constant<int, 4>{}, b, d, n);
-    }
+    const int64_t b = task / tiles, d = task % tiles * tile, n = d + tile < D ? tile : D - d, vectors = (n + W - 1) / W;
+    with_lanes<T>(n - (vectors - 1) * W, [=](auto last) {
+      switch (vectors) {
+        case 1: f(std::integral_constant<int, 1>{}, b, d, last); break;
+        case 2: f(std::integral_constant<int, 2>{}, b, d, last); break;
+        case 3: f(std::integral_constant<int, 3>{}, b, d, last); break;
+        default: f(std::integral_constant<int, 4>{}, b, d, last);
+      }
+    });
   }
 }
 
 template <class T, bool COMPLEX, bool PER_STEP>
 void forward_all(const T* a, const T* x, const T* h0, T* h, int64_t B, int64_t L, int64_t D, int64_t threads) {
-  over_tiles<T>(B, D, threads, [=](auto NV, int64_t b, int64_t d, int64_t n) {
+  over_tiles<T>(B, D, threads, [=](auto NV, int64_t b, int64_t d, auto last) {
     const int64_t at = b * L * D + d;
-    forward<T, COMPLEX, PER_STEP, NV>(a + (PER_STEP ? at : d), x + at, h0 ? h0 + b * D + d : nullptr, h + at, L, D, n);
+    forward<T, COMPLEX, PER_STEP, NV>(a + (PER_STEP ? at : d), x + at, h0 ? h0 + b * D + d : nullptr, h + at, L, D, last);
   });
 }
 
 template <class T, bool COMPLEX, bool PER_STEP>
 void backward_all(
     const T* a, const T* h, const T* h0, const T* gh, T* gx, T* ga, T* gh0, int64_t B, int64_t L, int64_t D, int64_t threads) {
-  over_tiles<T>(B, D, threads, [=](auto NV, int64_t b, int64_t d, int64_t n) {
+  over_tiles<T>(B, D, threads, [=](auto NV, int64_t b, int64_t d, auto last) {
     const int64_t at = b * L * D + d, row = b * D + d;
     backward<T, COMPLEX, PER_STEP, NV>(
         a + (PER_STEP ? at : d), h + at, h0 ? h0 + row : nullptr, gh + at, gx + at, ga + (PER_STEP ? at : row), gh0 ? gh0 + row : nullptr, L, D,
-        n);
+        last);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__)
@@ -50,6 +51,14 @@ template <class T> INLINE void store(T* p, Vector<T> v, int64_t n = WIDTH<T>) {
     std::memcpy(p, &v, sizeof v);
   else if (n > 0)
     std::memcpy(p, &v, n * sizeof(T));
+}
+
+// f(lanes), with the number as a constant where the vector is whole: then no load or store in a loop asks for it.
+template <class T, class F> INLINE void with_lanes(int64_t lanes, F f) {
+  if (lanes >= WIDTH<T>)
+    f(std::integral_constant<int64_t, WIDTH<T>>{});
+  else
+    f(lanes);
 }
 
 template <class T> INLINE T sum(Vector<T> v) {

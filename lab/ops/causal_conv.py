@@ -46,10 +46,10 @@ def causal_conv(
     before = x.new_zeros(B, tail, D, dtype=dtype) if state is None else state.to(dtype)
     offset = x.new_zeros(D, dtype=dtype) if bias is None else bias.to(dtype)
     y = CAUSAL_CONV(x.to(dtype), w.to(dtype), offset, before, dilation)
-    seen = torch.cat([before, x.to(dtype)], 1)
     if lengths is None:
-        after = seen[:, L:]
+        after = torch.cat([before[:, L:], x[:, max(L - tail, 0) :].to(dtype)], 1)
     else:
+        seen = torch.cat([before, x.to(dtype)], 1)
         place = lengths.to(x.device, torch.long)[:, None] + torch.arange(tail, device=x.device)
         after = seen.gather(1, place[..., None].expand(-1, -1, D))
     return y.to(x.dtype), after.to(before.dtype if state is None else state.dtype)
