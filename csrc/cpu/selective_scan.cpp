@@ -34,11 +34,11 @@ template <class T> struct Buffer {  // aligned, of vectors
   Vector<T>* operator+(int64_t i) const { return data + i; }
 };
 
-// NS states of one tile through all of time, added to what y holds unless these are the first ones.
-template <class T, int NS>
-void forward(
+// NS states of one tile through all of time, added to what y holds unless these are the first ones. Inlined it takes 1.6 times as long.
+template <class T, int NS, class Lanes>
+__attribute__((noinline)) void forward(
     const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, Vector<T>* starts, int64_t stride,
-    bool first, int64_t L, int64_t E, int64_t N, int64_t lanes) {
+    bool first, int64_t L, int64_t E, int64_t N, Lanes lanes) {
   Vector<T> h[NS], a[NS];
   for (int n = 0; n < NS; n++) h[n] = state[n], a[n] = A[n];
   const Vector<T> skip = load(D, lanes);
@@ -66,6 +66,7 @@ void forward_all(
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < Bt * tiles; task++) {
+    const FlushTiny flush;
     const int64_t row = task / tiles, e = task % tiles * W, lanes = std::min(W, E - e), at = row * L * E + e;
     Buffer<T> a(N), h(N);
     gather(A + e * N, a.data, N, lanes);
@@ -75,9 +76,11 @@ void forward_all(
       std::fill(h + 0, h + N, Vector<T>{});
     Vector<T>* kept = starts ? reinterpret_cast<Vector<T>*>(starts) + task * chunks * N : nullptr;
     auto states = [&](auto NS, int64_t n) {
-      forward<T, NS>(
-          u + at, dt + at, a + n, B + row * L * N + n, C + row * L * N + n, D + e, h + n, y + at, kept ? kept + n : nullptr, N, n == 0, L, E, N,
-          lanes);
+      with_lanes<T>(lanes, [&](auto lanes) {
+        forward<T, NS>(
+            u + at, dt + at, a + n, B + row * L * N + n, C + row * L * N + n, D + e, h + n, y + at, kept ? kept + n : nullptr, N, n == 0, L, E,
+            N, lanes);
+      });
     };
     int64_t n = 0;
     for (; n + 16 <= N; n += 16) states(std::integral_constant<int, 16>{}, n);
@@ -87,62 +90,57 @@ void forward_all(
   }
 }
 
-// One chunk of one tile, all that the backward pass needs of it. Rows of N vectors; row t belongs to step t of the chunk.
-template <class T> struct Scratch {
-  Buffer<T> h, decay, of_B, of_C, of_x, of_dt;
-  explicit Scratch(int64_t N) : h((CHUNK + 1) * N), decay(CHUNK * N), of_B(CHUNK * N), of_C(CHUNK * N), of_x(CHUNK), of_dt(CHUNK) {}
+// What the tiles of a chunk share: for each step N vectors that add up for B, and for C; and of one tile, what reaches its inputs.
+template <class T> struct Sums {
+  const int64_t N;
+  Buffer<T> of_BC, of_x, of_dt;
+  explicit Sums(int64_t N) : N(N), of_BC(CHUNK * 2 * N), of_x(CHUNK), of_dt(CHUNK) {}
+  Vector<T>* of_B(int64_t t) const { return of_BC + t * 2 * N; }
+  Vector<T>* of_C(int64_t t) const { return of_BC + t * 2 * N + N; }
 };
 
-// NS states of a tile back through the `steps` steps of a chunk. `carried` is the gradient of the state behind the chunk, times its decay.
-// of_x collects sum_n g_n B_n and of_dt sum_n of what reaches dt through the decay; of_B and of_C are added to, over the tiles.
-template <class T, int NS>
-void backward(
-    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* gy, Scratch<T>& s, int64_t n0, Vector<T>* carried,
-    Vector<T>* of_A, int64_t steps, int64_t E, int64_t N, int64_t lanes) {
-  Vector<T> g[NS], total[NS], a[NS];
-  for (int n = 0; n < NS; n++) g[n] = carried[n], total[n] = of_A[n], a[n] = A[n];
-  for (int64_t t = steps - 1; t >= 0; t--) {
-    const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes), out = load(gy + t * E, lanes);
-    const T *b = B + t * N, *c = C + t * N;
-    const Vector<T>*before = s.h + t * N + n0, *after = before + N, *decay = s.decay + t * N + n0;
-    Vector<T>*of_B = s.of_B + t * N + n0, *of_C = s.of_C + t * N + n0;
-    Vector<T> x = n0 ? *(s.of_x + t) : Vector<T>{}, through = n0 ? *(s.of_dt + t) : Vector<T>{};
-#pragma GCC unroll 4
-    for (int n = 0; n < NS; n++) {
-      Vector<T> q = g[n] + out * c[n];  // the gradient of h_t
-      of_C[n] += out * after[n];
-      of_B[n] += q * dx;
-      x += q * b[n];
-      q *= decay[n];
-      g[n] = q;
-      q *= before[n];
-      through += q * a[n];
-      total[n] += q * d;
-    }
-    *(s.of_x + t) = x;
-    *(s.of_dt + t) = through;
-  }
-  for (int n = 0; n < NS; n++) carried[n] = g[n], of_A[n] = total[n];
-}
-
-// The states of a chunk and their decays again, from the state at its beginning.
-template <class T, int NS>
-void recompute(
-    const T* u, const T* dt, const Vector<T>* A, const T* B, const Vector<T>* start, Scratch<T>& s, int64_t n0, int64_t steps, int64_t E,
-    int64_t N, int64_t lanes) {
-  Vector<T> h[NS], a[NS];
-  for (int n = 0; n < NS; n++) h[n] = *(s.h + n0 + n) = start[n], a[n] = A[n];
+// NS states of a tile, from state n0 on, through the `steps` steps of a chunk: forwards again from `start`, then back. `carried` is the
+// gradient of the state behind the chunk, times its decay. of_x collects sum_n g_n B_n and of_dt sum_n of what reaches dt through the decay.
+// Few states at a time, so that all of this stays in the innermost cache.
+template <class T, int NS, class Lanes>
+__attribute__((noinline)) void backward(
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* gy, const Vector<T>* start, const Sums<T>& sums, int64_t n0,
+    Vector<T>* carried, Vector<T>* of_A, int64_t steps, int64_t E, int64_t N, Lanes lanes) {
+  Vector<T> h[CHUNK + 1][NS], decay[CHUNK][NS], a[NS];
+  for (int n = 0; n < NS; n++) h[0][n] = start[n], a[n] = A[n];
   for (int64_t t = 0; t < steps; t++) {
     const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes);
     const T* b = B + t * N;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int n = 0; n < NS; n++) {
-      const Vector<T> decay = exp2_decay(d * a[n]);
-      h[n] = decay * h[n] + dx * b[n];
-      *(s.decay + t * N + n0 + n) = decay;
-      *(s.h + (t + 1) * N + n0 + n) = h[n];
+      const Vector<T> q = exp2_decay(d * a[n]);
+      decay[t][n] = q;
+      h[t + 1][n] = q * h[t][n] + dx * b[n];
     }
   }
+  Vector<T> g[NS], total[NS];
+  for (int n = 0; n < NS; n++) g[n] = carried[n], total[n] = of_A[n];
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes), out = load(gy + t * E, lanes);
+    const T *b = B + t * N, *c = C + t * N;
+    Vector<T>*of_B = sums.of_B(t) + n0, *of_C = sums.of_C(t) + n0;
+    Vector<T> x = n0 ? *(sums.of_x + t) : Vector<T>{}, through = n0 ? *(sums.of_dt + t) : Vector<T>{};
+#pragma GCC unroll 4
+    for (int n = 0; n < NS; n++) {
+      Vector<T> q = g[n] + out * c[n];  // the gradient of h_t
+      of_C[n] += out * h[t + 1][n];
+      of_B[n] += q * dx;
+      x += q * b[n];
+      q *= decay[t][n];
+      g[n] = q;
+      q *= h[t][n];
+      through += q * a[n];
+      total[n] += q * d;
+    }
+    *(sums.of_x + t) = x;
+    *(sums.of_dt + t) = through;
+  }
+  for (int n = 0; n < NS; n++) carried[n] = g[n], of_A[n] = total[n];
 }
 
 // A task is a row and one of `splits` parts of its tiles: chunks from the last to the first, all tiles of the part in each, so that the
@@ -156,9 +154,10 @@ void backward_all(
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < Bt * splits; task++) {
+    const FlushTiny flush;
     const int64_t row = task / splits, part = task % splits, first = tiles * part / splits, end = tiles * (part + 1) / splits;
     const int64_t count = (end - first) * N;
-    Scratch<T> s(N);
+    Sums<T> sums(N);
     Buffer<T> a(count), carried(count), of_A(count), of_D(end - first);
     for (int64_t k = first; k < end; k++) {
       const int64_t e = k * W, lanes = std::min(W, E - e), i = (k - first) * N;
@@ -169,35 +168,31 @@ void backward_all(
     std::fill(of_D + 0, of_D + (end - first), Vector<T>{});
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
       const int64_t t0 = chunk * CHUNK, steps = std::min(CHUNK, L - t0);
-      std::fill(s.of_B + 0, s.of_B + CHUNK * N, Vector<T>{});
-      std::fill(s.of_C + 0, s.of_C + CHUNK * N, Vector<T>{});
+      for (int64_t t = 0; t < CHUNK; t++) std::fill(sums.of_B(t), sums.of_B(t) + 2 * N, Vector<T>{});  // and of_C
       const T *b = B + (row * L + t0) * N, *c = C + (row * L + t0) * N;
       for (int64_t k = first; k < end; k++) {
         const int64_t e = k * W, lanes = std::min(W, E - e), at = (row * L + t0) * E + e, i = (k - first) * N;
         const Vector<T>* start = reinterpret_cast<const Vector<T>*>(starts) + ((row * tiles + k) * chunks + chunk) * N;
-        auto again = [&](auto NS, int64_t n) {
-          recompute<T, NS>(u + at, dt + at, a + i + n, b + n, start + n, s, n, steps, E, N, lanes);
-        };
-        auto back = [&](auto NS, int64_t n) {
-          backward<T, NS>(u + at, dt + at, a + i + n, b + n, c + n, gy + at, s, n, carried + i + n, of_A + i + n, steps, E, N, lanes);
+        auto states = [&](auto NS, int64_t n) {
+          with_lanes<T>(lanes, [&](auto lanes) {
+            backward<T, NS>(
+                u + at, dt + at, a + i + n, b + n, c + n, gy + at, start + n, sums, n, carried + i + n, of_A + i + n, steps, E, N, lanes);
+          });
         };
         int64_t n = 0;
-        for (; n + 16 <= N; n += 16) again(std::integral_constant<int, 16>{}, n);
-        for (; n + 4 <= N; n += 4) again(std::integral_constant<int, 4>{}, n);
-        for (; n < N; n++) again(std::integral_constant<int, 1>{}, n);
-        n = 0;
-        for (; n + 4 <= N; n += 4) back(std::integral_constant<int, 4>{}, n);
-        for (; n < N; n++) back(std::integral_constant<int, 1>{}, n);
+        for (; n + 4 <= N; n += 4) states(std::integral_constant<int, 4>{}, n);
+        for (; n < N; n++) states(std::integral_constant<int, 1>{}, n);
         const Vector<T> skip = load(D + e, lanes);
         for (int64_t t = 0; t < steps; t++) {
           const Vector<T> d = load(dt + at + t * E, lanes), x = load(u + at + t * E, lanes), out = load(gy + at + t * E, lanes);
-          store(gu + at + t * E, *(s.of_x + t) * d + skip * out, lanes);
-          store(gdt + at + t * E, *(s.of_x + t) * x + *(s.of_dt + t) * LN2, lanes);
+          store(gu + at + t * E, *(sums.of_x + t) * d + skip * out, lanes);
+          store(gdt + at + t * E, *(sums.of_x + t) * x + *(sums.of_dt + t) * LN2, lanes);
           *(of_D + (k - first)) += out * x;
         }
       }
       T *sum_B = gB + ((part * Bt + row) * L + t0) * N, *sum_C = gC + ((part * Bt + row) * L + t0) * N;
-      for (int64_t i = 0; i < steps * N; i++) sum_B[i] = sum<T>(*(s.of_B + i)), sum_C[i] = sum<T>(*(s.of_C + i));
+      for (int64_t t = 0; t < steps; t++)
+        for (int64_t n = 0; n < N; n++) sum_B[t * N + n] = sum<T>(sums.of_B(t)[n]), sum_C[t * N + n] = sum<T>(sums.of_C(t)[n]);
     }
     for (int64_t k = first; k < end; k++) {
       const int64_t e = k * W, lanes = std::min(W, E - e), i = (k - first) * N;

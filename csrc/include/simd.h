@@ -74,12 +74,6 @@ struct FlushTiny {
 #endif
 };
 
-template <class T> INLINE T sum(Vector<T> v) {
-  T s = 0;
-  for (int i = 0; i < WIDTH<T>; i++) s += v[i];
-  return s;
-}
-
 // ---- complex numbers, stored re im re im ...; n counts real numbers
 
 template <class V, int... I> INLINE V even_twice(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I & ~1)...); }
@@ -87,6 +81,15 @@ template <class V, int... I> INLINE V odd_twice(V v, std::integer_sequence<int, 
 template <class V, int... I> INLINE V swapped(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ 1)...); }
 template <class V, int... I> INLINE V signs(std::integer_sequence<int, I...>) { return V{(I & 1 ? 1 : -1)...}; }
 template <class T> using Lanes = std::make_integer_sequence<int, WIDTH<T>>;
+
+// The lanes added up, by halves.
+template <int STEP, class V, int... I> INLINE V moved(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ STEP)...); }
+template <class T, int STEP = WIDTH<T> / 2> INLINE T sum(Vector<T> v) {
+  if constexpr (STEP == 0)
+    return v[0];
+  else
+    return sum<T, STEP / 2>(v + moved<STEP>(v, Lanes<T>{}));
+}
 
 // A factor, taken apart once: re re, and -im im. conjugate() of it costs nothing more.
 template <class T> struct Factor {
