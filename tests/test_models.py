@@ -31,8 +31,8 @@ def compose_yaml(name: str, *overrides: str):
         return compose(f"model/{name}", overrides=list(overrides))
 
 
-def from_yaml(name: str) -> Stack:
-    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: 32}}", "model.d_model=32", "model.n_layers=2")
+def from_yaml(name: str, seq_len: int = 32) -> Stack:
+    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: {seq_len}}}", "model.d_model=32", "model.n_layers=2")
     return instantiate(config.model)
 
 
@@ -71,6 +71,14 @@ def conform(make) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_yaml_conforms(name):
     conform(lambda: from_yaml(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_yaml_conforms_across_the_borders_of_chunks(name):
+    model = from_yaml(name, seq_len=conformance.LONG)
+    initialise(model, 0)
+    conformance.randomise(model, 0)
+    conformance.check_borders(model, random_tokens(3, conformance.LONG))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
