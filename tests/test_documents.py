@@ -1,4 +1,4 @@
-"""README.md and the pages in docs/ do what they say: the files in them are written, their commands and programs run, in order, in an empty folder.
+"""README.md and the pages in docs/ do what they say: the files in them are written, their commands and programs run, in an empty folder.
 
 A block ```bash holds commands, one to a line; ```python or ```yaml a file, if its first line is a comment with a name, else a program.
 A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run elsewhere.
