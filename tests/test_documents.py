@@ -2,6 +2,7 @@
 
 A block ```bash holds commands, one to a line; ```python or ```yaml a file, if its first line is a comment with a name, else a program.
 A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run elsewhere.
+The trainings of the pages in docs/models/ are composed and checked only: the README's show that such a command trains.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from lab.config import check, compose
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,21 +63,23 @@ def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
         (tmp_path / "experiments" / file.name).write_text(file.read_text())
     try:
         for block in blocks(document):
-            run(block, tmp_path, command, capsys)
+            run(block, tmp_path, command, capsys, of_a_model=document.parent.name == "models")
     finally:
         for name in set(sys.modules) - before:
             if not hasattr(sys.modules[name], "__file__") or str(sys.modules[name].__file__).startswith(str(tmp_path)):
                 del sys.modules[name]
 
 
-def run(block: Block, folder: Path, command, capsys) -> None:
+def run(block: Block, folder: Path, command, capsys, of_a_model: bool) -> None:
     if block.file:
         (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
         (folder / block.file).write_text(block.text)
     elif block.kind == "bash":
         for line in block.text.replace("\\\n", " ").splitlines():
             words = short(shlex.split(line, comments=True))
-            if words:
+            if words and of_a_model and words[0] == "lab-train":
+                check(compose(words[1:]))
+            elif words:
                 done = command(*words, cwd=folder)
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     elif block.kind == "python":
