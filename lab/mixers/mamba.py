@@ -68,7 +68,11 @@ class MambaLayer(Mixer):
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt = F.softplus(self.dt_proj(delta).float())
         y, last = selective_scan(u, dt, -self.A_log.float().exp(), B, C, self.D, z, before[1], lengths)
-        return Output(self.out_proj(y), {"conv": tail.float(), "h": last} if "state" in want else None)
+        return Output(self.out_proj(y), {"conv": tail.to(torch.float32, copy=True), "h": last} if "state" in want else None)
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.dt_proj.bias
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         place = device or self.D.device

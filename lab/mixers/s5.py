@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.layers.hippo import InitMethod, diagonal_legs, eigenvalues
+from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
 from lab.mixers.base import Mixer, Output, State
 from lab.mixers.s4d import reversed_rows
 from lab.ops import linear_recurrence
@@ -55,7 +55,7 @@ class S5Layer(Mixer):
     def reset_parameters(self) -> None:
         size, D = self.d_state // self.blocks, len(self.D)
         A = eigenvalues(self.init_method, size).repeat(self.blocks)
-        V = diagonal_legs(size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
+        V = diagonalise("legs", size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
         B = torch.randn(self.blocks, size, D, dtype=torch.float64) / math.sqrt(D)
         C = torch.randn(len(self.C), self.blocks, D, size, dtype=torch.float64) / math.sqrt(self.d_state)
         with torch.no_grad():
@@ -74,7 +74,7 @@ class S5Layer(Mixer):
                 raise ValueError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
             y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
         g = F.gelu(y + self.D.float() * u).to(x.dtype)
-        return Output(g * torch.sigmoid(self.gate(g)), {"h": last})
+        return Output(g * torch.sigmoid(self.gate(g)), {"h": last.clone()} if "state" in want else None)  # not a view of all states
 
     def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
@@ -84,6 +84,10 @@ class S5Layer(Mixer):
         inputs = torch.stack([u @ B[..., 0].T, u @ B[..., 1].T], -1)  # (B, L, P, 2)
         h, last = linear_recurrence(exp(w), multiply(divide(expm1(w), A), inputs), h0, lengths)
         return 2 * (h[..., 0] @ C[..., 0].T - h[..., 1] @ C[..., 1].T), last
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         if self.bidirectional:
