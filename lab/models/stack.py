@@ -129,14 +129,15 @@ class Stack(SequenceModel):
     def collect(
         self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
     ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
-        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers)."""
+        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers, None for one that does not record it)."""
         after: State = None
         if "state" in want:
             start = 0 if state is None else state["position"]
             new = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device, torch.long)
             after = {"position": start + new, "layers": [out.state for out in outputs]}
         losses = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
-        record = {name: [out.record[name] for out in outputs] for name in outputs[0].record}
+        names = dict.fromkeys(name for out in outputs for name in out.record)
+        record = {name: [out.record.get(name) for out in outputs] for name in names}
         return after, losses, record
 
     def init_state(
