@@ -4,7 +4,8 @@
     plot_attention(run, step)         the attention weights of one sample, a panel for each head
     plot_history(run, ...)            learning curves, of several runs too
 
-Those of state spaces: lab/analysis/state_spaces.py. Each takes `output`, a file to save to (png, pdf, svg by its ending). RunError in one sentence where a run lacks what is to be shown.
+Those of state spaces: lab/analysis/state_space_plots.py. Each takes `output`, a file to save to (png, pdf, svg by its
+ending). RunError in one sentence where a run lacks what is to be shown.
 """
 
 from __future__ import annotations
@@ -143,7 +144,11 @@ def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
     image = axes.imshow(mosaic**0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     axes.set_xticks(first[:heads] + (length - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
     axes.set_yticks(
-        first[:n_layers] + (length - 1) / 2, [f"layer {layer}" for layer in layer_numbers(snapshot, n_layers)], size=SIZE, rotation=90, va="center"
+        first[:n_layers] + (length - 1) / 2,
+        [f"layer {layer}" for layer in layer_numbers(snapshot, n_layers)],
+        size=SIZE,
+        rotation=90,
+        va="center",
     )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -9,7 +9,7 @@ state_spaces    step; of the first sample's tokens, up to 512 of them: tokens (L
                 the order of their dt:
                 eigenvalues_i (c, n, 2), pairs (re, im); S5: (1, n, 2), all states, which its channels share
                 dt_i (c, 1), S5 (1, n); Mamba: the median over all real tokens of the samples
-                dt_counts_i (160,), how many dt lie in each bin of lab.analysis.state_spaces.DT_EDGES, over all channels and real tokens
+                dt_counts_i (80,), how many dt lie in each bin of lab.analysis.state_spaces.DT_EDGES, over all channels and real tokens
                 channels_i (c,), their numbers
                 kernel_i (1 or 2, c, L), not of Mamba; token_dt_i (L, c), B_i and C_i (L, n), of Mamba alone
 
@@ -28,7 +28,6 @@ import numpy as np
 
 from lab.files import write_bytes
 from lab.training.run import RunError
-
 
 RECORDED = {"phases": "phases", "attention": "attention weights", "state_spaces": "eigenvalues and time steps"}
 

@@ -4,7 +4,8 @@
 
 B = batch, L = length, D = d_model, n = d_state / 2 conjugate pairs; complex numbers as pairs (..., 2).
 State: {"h": (B, D, n, 2)} float32. Then GELU, dropout, Linear(D -> 2D), GLU.
-Record: eigenvalues A (D, n, 2), dt (D, 1), kernel (1, D, L): y - D u for a unit impulse; bidirectional (2, D, L), the second looks back.
+Record: eigenvalues A (D, n, 2), dt (D, 1), kernel (1, D, L): y - D u for a unit impulse; bidirectional (2, D, L), the second for the tokens
+before it.
 """
 
 from __future__ import annotations

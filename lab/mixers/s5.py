@@ -5,7 +5,7 @@
 B = batch, L = length, D = d_model, P = d_state / 2 conjugate pairs of `blocks` blocks of HiPPO-LegS; complex numbers as pairs (..., 2).
 State: {"h": (B, P, 2)} float32.
 Record: eigenvalues A (1, P, 2), dt (1, P), kernel (1, D, L): y - D u of channel d for a unit impulse in channel d alone; bidirectional
-(2, D, L), the second looks back.
+(2, D, L), the second for the tokens before it.
 """
 
 from __future__ import annotations

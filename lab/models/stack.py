@@ -129,7 +129,7 @@ class Stack(SequenceModel):
     def collect(
         self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
     ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
-        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers, None for one that does not record it)."""
+        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers, None where one has no such)."""
         after: State = None
         if "state" in want:
             start = 0 if state is None else state["position"]

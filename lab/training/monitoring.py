@@ -210,27 +210,30 @@ class Attention(Monitor):
             write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
             log_figure(loggers, "watch_attention/maps", lambda: attention_maps(arrays | {"step": np.int64(step)}), step)
 
+
 class StateSpaces(Monitor):
     """State spaces, of layers that record their eigenvalues A and time steps dt: S4D, S5, Mamba. RUN/state_spaces/ holds a snapshot of each
     look (lab/analysis/snapshots.py).
 
     To the loggers, per layer: the median dt; the largest |e^{dt A}|; the shortest and the longest memory of a state, -1 / (dt Re A) tokens;
-    a histogram of log10 dt; and the pictures of lab/analysis/state_spaces.py. Where dt depends on the token (Mamba) these take A at each
-    channel's median dt over real tokens, and dt_spread is the standard deviation of ln dt over them, mean over channels: 0 for a layer that
-    treats all tokens alike.
+    a histogram of log10 dt; and the pictures of lab/analysis/state_space_plots.py. Where dt depends on the token (Mamba), these take A at
+    each channel's median dt over real tokens, and dt_spread is the standard deviation of ln dt over them, mean over channels: 0 for a layer
+    that treats all tokens alike.
     """
 
     kind = "state_spaces"
     needs = frozenset(("eigenvalues", "dt"))
 
-    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
-        from lab.analysis import state_spaces as draw
+    def __init__(self, interval: int | None = 500, samples: int = 4) -> None:
+        super().__init__(interval, samples)
 
+    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
         assert self.batch is not None
         step, loggers, real = trainer.global_step, trainer.loggers, self.real()
-        n = min(int(self.lengths()[0]), TOKENS)
-        tokens = self.batch.inputs[0, :n].tolist()
-        spaces, steps = layers_of(record, "eigenvalues"), layers_of(record, "dt")
+        tokens = self.batch.inputs[0, : min(int(self.lengths()[0]), TOKENS)].tolist()
+        spaces = {i: state_space(record, i, real, len(tokens)) for i in layers_of(record, "eigenvalues") if is_whole(record, i)}
+        if not spaces:
+            return
         arrays: dict[str, Any] = {
             "tokens": np.array(tokens),
             "labels": np.array([task.decode([token]) if task.text else str(token) for token in tokens]),
@@ -238,42 +241,61 @@ class StateSpaces(Monitor):
             "prompt_len": np.int64(task.prompt_len or 0),
             "layers": np.array(list(spaces)),
         }
-        scalars, histograms = {}, {}
-        for i, A in spaces.items():
-            dt, selective = steps[i], steps[i].ndim == 4
-            every = (dt[real] if selective else dt).clamp(min=10 ** draw.DT_EDGES[0])  # (tokens, c, 1), or dt itself
-            dt = every.median(0).values if selective else every  # (c, 1) or (1, n)
-            memory = draw.memory(A.numpy(), dt.numpy())
-            scalars |= {
-                f"watch_state_spaces/median_dt_layer_{i}": float(every.median()),
-                f"watch_state_spaces/largest_eigenvalue_layer_{i}": float(np.exp(-1 / memory).max()),
-                f"watch_state_spaces/shortest_memory_layer_{i}": float(memory.min()),
-                f"watch_state_spaces/longest_memory_layer_{i}": float(memory.max()),
-            }
-            order = dt[:, 0].argsort()
-            some = evenly(order)
-            arrays |= {f"eigenvalues_{i}": A[some].numpy(), f"dt_{i}": dt[some].numpy()}
-            if selective:
-                scalars[f"watch_state_spaces/dt_spread_layer_{i}"] = float(every.log().std(0, correction=0).mean())
-                arrays[f"token_dt_{i}"] = steps[i][0, :n, some, 0].numpy()
-                arrays |= {f"{name}_{i}": layers_of(record, name)[i][0, :n].numpy() for name in ("B", "C")}
-            else:
-                kernel = layers_of(record, "kernel")[i][..., :n]  # (1 or 2, channels, n)
-                some = some if len(order) == kernel.shape[1] else evenly(torch.arange(kernel.shape[1]))
-                arrays[f"kernel_{i}"] = kernel[:, some].numpy()
-            arrays[f"channels_{i}"] = some.numpy()
-            histograms[f"watch_state_spaces/log10_dt_layer_{i}"] = log_dt = every.log10().flatten()
-            arrays[f"dt_counts_{i}"] = np.histogram(log_dt.clamp(max=draw.DT_EDGES[-1]), draw.DT_EDGES)[0]
+        arrays |= {f"{name}_{i}": array for i, (_, stored, _) in spaces.items() for name, array in stored.items()}
         write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
+        scalars = {f"watch_state_spaces/{name}_layer_{i}": value for i, (values, _, _) in spaces.items() for name, value in values.items()}
         for logger in loggers:
             logger.log_metrics(scalars, step)
-        log_histograms(loggers, histograms, step)
+        log_histograms(loggers, {f"watch_state_spaces/log10_dt_layer_{i}": log_dt for i, (_, _, log_dt) in spaces.items()}, step)
+
+        from lab.analysis import state_space_plots as draw
+
         arrays["step"] = np.int64(step)
         log_figure(loggers, "watch_state_spaces/spectrum", lambda: draw.spectrum(arrays), step)
         log_figure(loggers, "watch_state_spaces/dt", lambda: draw.time_steps(arrays), step)
         log_figure(loggers, "watch_state_spaces/responses", lambda: draw.responses(arrays), step)
-        if any(layer.ndim == 4 for layer in steps.values()):
+        if any("token_dt" in stored for _, stored, _ in spaces.values()):
             log_figure(loggers, "watch_state_spaces/selectivity", lambda: draw.selectivity(arrays), step)
+
+
+def is_whole(record: Record, i: int) -> bool:
+    """Whether layer i records all that there is to show of a state space. Weights that are not finite end the training elsewhere."""
+    dt = record["dt"][i]
+    names = ("eigenvalues", "dt", *(("B", "C") if dt is not None and dt.ndim == 4 else ("kernel",)))
+    found = [record[name][i] for name in names if name in record]
+    return len(found) == len(names) and all(layer is not None and bool(layer.isfinite().all()) for layer in found)
+
+
+def state_space(record: Record, i: int, real: Tensor, n: int) -> tuple[dict[str, float], dict[str, np.ndarray], Tensor]:
+    """Layer i, its scalars, its part of a snapshot, log10 of all its dt. real: (B, L). n: tokens of the first row in a snapshot."""
+    from lab.analysis.state_spaces import DT_EDGES, memory
+
+    A, dt = layers_of(record, "eigenvalues")[i], layers_of(record, "dt")[i]
+    selective = dt.ndim == 4  # (B, L, c, 1), of each token
+    every = (dt[real] if selective else dt).clamp(min=10 ** DT_EDGES[0])
+    typical = every.median(0).values if selective else every  # (c, 1) or (1, n)
+    kept = memory(A.numpy(), typical.numpy())
+    log_dt = every.log10().flatten()
+    some = evenly(typical[:, 0].argsort())
+    scalars = {
+        "median_dt": float(every.median()),
+        "largest_eigenvalue": float(np.exp(-1 / kept).max()),
+        "shortest_memory": float(kept.min()),
+        "longest_memory": float(kept.max()),
+    }
+    arrays = {
+        "eigenvalues": A[some].numpy(),
+        "dt": typical[some].numpy(),
+        "dt_counts": np.histogram(log_dt.clamp(max=DT_EDGES[-1]), DT_EDGES)[0],
+    }
+    if selective:
+        scalars["dt_spread"] = float(every.log().std(0, correction=0).mean())
+        arrays |= {"token_dt": dt[0, :n, some, 0].numpy()} | {name: layers_of(record, name)[i][0, :n].numpy() for name in ("B", "C")}
+    else:
+        kernel = layers_of(record, "kernel")[i][..., :n]  # (1 or 2, channels, n)
+        some = some if len(A) == kernel.shape[1] else evenly(torch.arange(kernel.shape[1]))  # S5: its channels share all states
+        arrays["kernel"] = kernel[:, some].numpy()
+    return scalars, arrays | {"channels": some.numpy()}, log_dt
 
 
 def evenly(ordered: Tensor) -> Tensor:
