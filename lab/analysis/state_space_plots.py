@@ -201,7 +201,7 @@ def selectivity(snapshot: Snapshot, layers: Sequence[int] | None = None, tokens:
     bar = _bar(figure, scales[0], (middle + 0.03, top), "dt / the median of the channel")
     bar.set_ticks(**_powers(-most, most))
     _bar(figure, scales[1], (bottom, middle - 0.03), "exp(dt A), mean over states")
-    title = f"Selectivity: dt of each token in {len(ratios[0])} channels, and the share of the state that stays"
+    title = f"Selectivity: dt of each token and what stays of the state; {len(ratios[0])} channels by their median dt"
     figure.suptitle(f"{title}, step {int(snapshot['step']):,}{note}", size=SIZE + 1)
     return figure
 

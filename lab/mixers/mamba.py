@@ -71,9 +71,13 @@ class MambaLayer(Mixer):
         dt = F.softplus(self.dt_proj(delta).float())
         A = -self.A_log.float().exp()
         y, last = selective_scan(u, dt, A, B, C, self.D, z, before[1], lengths)
-        after = {"conv": tail.float(), "h": last} if "state" in want else None
+        after = {"conv": tail.to(torch.float32, copy=True), "h": last} if "state" in want else None
         record = {"eigenvalues": torch.stack([A, torch.zeros_like(A)], -1), "dt": dt[..., None], "B": B, "C": C} if "record" in want else {}
         return Output(self.out_proj(y), after, record=record)
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.dt_proj.bias
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         place = device or self.D.device

@@ -116,7 +116,11 @@ class S4DLayer(Mixer):
             inputs = (part[..., None, None] * b).flatten(2, 3)
             left = None if lengths is None else (lengths - i * CHUNK).clamp(0, part.shape[1])
             _, h = linear_recurrence(decay, inputs, h, left)
-        return h.unflatten(1, w.shape[:2])
+        return h.unflatten(1, w.shape[:2]).clone()  # not a view of the states of a whole chunk
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         if self.bidirectional:

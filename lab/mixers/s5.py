@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.layers.hippo import InitMethod, diagonal_legs, eigenvalues
+from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
 from lab.mixers.base import Mixer, Output, State
 from lab.mixers.s4d import reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
@@ -57,7 +57,7 @@ class S5Layer(Mixer):
     def reset_parameters(self) -> None:
         size, D = self.d_state // self.blocks, len(self.D)
         A = eigenvalues(self.init_method, size).repeat(self.blocks)
-        V = diagonal_legs(size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
+        V = diagonalise("legs", size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
         B = torch.randn(self.blocks, size, D, dtype=torch.float64) / math.sqrt(D)
         C = torch.randn(len(self.C), self.blocks, D, size, dtype=torch.float64) / math.sqrt(self.d_state)
         with torch.no_grad():
@@ -76,7 +76,8 @@ class S5Layer(Mixer):
                 raise ValueError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
             y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
         g = F.gelu(y + self.D.float() * u).to(x.dtype)
-        return Output(g * torch.sigmoid(self.gate(g)), {"h": last}, record=self.record(x.shape[1]) if "record" in want else {})
+        after = {"h": last.clone()} if "state" in want else None  # not a view of all states
+        return Output(g * torch.sigmoid(self.gate(g)), after, record=self.record(x.shape[1]) if "record" in want else {})
 
     def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
@@ -102,6 +103,10 @@ class S5Layer(Mixer):
         into = multiply(b, self.B.float().transpose(0, 1))  # (D, P, 2)
         kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in self.C.float()])
         return {"eigenvalues": A[None], "dt": dt[None], "kernel": kernel}
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         if self.bidirectional:
