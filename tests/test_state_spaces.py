@@ -202,6 +202,19 @@ def test_mamba_by_its_formula(method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("make", [*LAYERS, partial(S4DLayer, rate=2.0), partial(S5Layer, rate=2.0, blocks=2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_go_on_from_a_prefill_whatever_the_start(make, method):
+    layer, x = make(8, d_state=8, init_method=method).eval(), sequence(L=21)
+    randomise(layer, 1)
+    want, state = layer(x), layer.init_state(2)
+    for start, stop in ((0, 0), (0, 7), (7, 8), (8, 9), (9, 18), (18, 19), (19, 20), (20, 21)):
+        out = layer(x[:, start:stop], state, want=("state",))
+        state = out.state
+        torch.testing.assert_close(out.y, want[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("make", LTI)
 def test_both_directions(make):
     """Every output depends on every input of its own row, padding excepted; there is no state, and whoever asks for one is told."""
