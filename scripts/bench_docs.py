@@ -93,7 +93,7 @@ def compared(row: Row, reuse: Row) -> list[str]:
     ratios = [f"**{figure(row['ratio'])}**", f"**{figure(reuse.get('ratio'))}**"]
     return [
         figure(row["lab_ms"]), figure(row["peer_ms"]), *ratios, f"{row['spread']:.0%}", figure(row["lab_mb"]), figure(row["peer_mb"]),
-        f"{row['difference']:.0e}",
+        "" if row["difference"] is None else f"{row['difference']:.0e}",
     ]  # fmt: skip
 
 

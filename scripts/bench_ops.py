@@ -14,9 +14,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
+import bench_peers
 import benchmark
 import torch
 from rich.console import Console
@@ -38,111 +39,7 @@ class Case(NamedTuple):
     lab: Function
     peers: Mapping[str, Function]  # of the same inputs; they import their package when they are called
     backward: bool = True
-    compared: Function = lambda y: y  # what of the result must agree
-
-
-# ---- the peers
-
-
-def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    from mambapy.mamba import MambaBlock
-
-    return MambaBlock.selective_scan(None, u, dt, A, B, C, D)
-
-
-def selecting_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """The published reference: all decays first, then a loop that selects time steps; its backward pass grows with L^2."""
-    decay, x = torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None]
-    h, steps = torch.zeros_like(decay[:, 0]), []
-    for t in range(u.shape[1]):
-        h = decay[:, t] * h + x[:, t]
-        steps.append((h * C[:, t, None]).sum(-1))
-    return torch.stack(steps, 1) + u * D
-
-
-def sixteen_steps(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    steps = []
-    for x, d, b, c in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-        h = torch.exp(d[..., None] * A) * h + (d * x)[..., None] * b[:, None]
-        steps.append((h * c[:, None]).sum(-1))
-    return torch.stack(steps, 1), h
-
-
-@cache
-def compiled_steps() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(sixteen_steps, fullgraph=True, dynamic=False)
-
-
-def compiled_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    h, chunks = u.new_zeros(u.shape[0], *A.shape), []
-    for parts in zip(*(t.split(16, 1) for t in (u, dt, B, C)), strict=True):
-        y, h = compiled_steps()(h, parts[0], parts[1], A, parts[2], parts[3])
-        chunks.append(y)
-    return torch.cat(chunks, 1) + u * D
-
-
-def s5_scan(a: Tensor, x: Tensor) -> Tensor:
-    from s5.jax_compat import associative_scan
-    from s5.s5_model import binary_operator
-
-    decays = a.expand(x.shape[1:])
-    return torch.stack([associative_scan(binary_operator, (decays, row))[1] for row in x])
-
-
-def plain_loop(a: Tensor, x: Tensor) -> Tensor:
-    h, steps = torch.zeros_like(x[:, 0]), []
-    for now in x.unbind(1):
-        h = a * h + now
-        steps.append(h)
-    return torch.stack(steps, 1)
-
-
-def by_fft(a: Tensor, x: Tensor) -> Tensor:
-    return padded_fft(x, a[:, None] ** torch.arange(x.shape[1]))
-
-
-def by_matmul(a: Tensor, x: Tensor, chunk: int = 64) -> Tensor:
-    """Inside a chunk a lower triangular matrix of powers for each channel, from chunk to chunk a loop."""
-    place = torch.arange(chunk)
-    powers = (a[:, None, None] ** (place[:, None] - place).clamp(min=0)).tril()  # (D, chunk, chunk)
-    inside = torch.einsum("dij,bnjd->bnid", powers, x.unflatten(1, (-1, chunk)))
-    onward, h, chunks = a ** (place + 1)[:, None], torch.zeros_like(x[:, 0]), []
-    for part in inside.unbind(1):
-        part = part + onward * h[:, None]
-        h = part[:, -1]
-        chunks.append(part)
-    return torch.cat(chunks, 1)
-
-
-def laminarnet_scan(a: Tensor, x: Tensor, chunk: int = 256) -> Tensor:
-    """As laminarnet 0.7.11 computes it: sums of x_t / (a_0 .. a_t), the exponents clamped at -20; not exact."""
-    B, L, D = x.shape
-    logs = a.log().view(B, -1, chunk, D).cumsum(2).clamp(-20.0, 0.0)
-    top = logs.amax(2, keepdim=True)
-    inside = torch.exp(logs - top) * torch.cumsum(torch.exp(top - logs) * x.view(B, -1, chunk, D), 2)
-    total = logs[:, :, -1].cumsum(1).clamp(-80.0, 0.0)
-    total = (total - total.amax(1, keepdim=True)).clamp(-20.0, 0.0)
-    seeds = F.pad((inside[:, :, -1] * torch.exp(-total))[:, :-1], (0, 0, 1, 0)).cumsum(1)
-    return (inside + (seeds * torch.exp(total))[:, :, None] * torch.exp(logs)).view(B, L, D)
-
-
-def public_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
-    """As the public s4d.py computes it."""
-    powers = torch.exp(torch.view_as_complex(w)[..., None] * torch.arange(length))
-    return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
-
-
-def padded_fft(u: Tensor, K: Tensor) -> Tensor:
-    L = u.shape[1]
-    return torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L].transpose(1, 2)
-
-
-def conv1d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    """x (B, D, L)"""
-    return F.conv1d(x, w.T[:, None], bias, padding=w.shape[0] - 1, groups=x.shape[1])[..., : x.shape[2]]
-
-
-# ---- what is measured
+    compared: Function | None = lambda y: y  # what of the result must agree; None: the sides do not compute the same numbers
 
 
 def cases(quick: bool, compiled: bool = False) -> list[Case]:
@@ -178,54 +75,58 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
     L, E, H, P = 1024 // s, 512 // s, 256 // s, 4096 // s
     states = 32 // s
     long = f"B 4, L {P}, H {H}, N {2 * states}"
-    peers: dict[str, Function] = {benchmark.version("mambapy"): mambapy_scan}
-    compile_too: dict[str, Function] = {"torch.compile of 16 steps": compiled_scan} if compiled else {}
+    peers: dict[str, Function] = {benchmark.version("mambapy"): bench_peers.mambapy_scan}
+    compile_too: dict[str, Function] = {"torch.compile of 16 steps": bench_peers.compiled_scan} if compiled else {}
     return [
         Case("selective_scan", **scan(4, L, E, 16), peers={**peers, **compile_too}),
         Case("selective_scan, forward", **scan(4, L, E, 16), peers={**peers, **compile_too}, backward=False),
-        Case("selective_scan, short", **scan(4, L // 4, E, 16), peers={"the published reference loop": selecting_loop}),
+        Case("selective_scan, short", **scan(4, L // 4, E, 16), peers={"the published reference loop": bench_peers.selecting_loop}),
         Case(
-            "linear_recurrence", **recurrence(1, P, H, dtype=torch.complex64), peers={benchmark.version("s5-pytorch"): s5_scan}
+            "linear_recurrence", **recurrence(1, P, H, dtype=torch.complex64), peers={benchmark.version("s5-pytorch"): bench_peers.s5_scan}
         ),
         Case(
             "linear_recurrence, real",
             **recurrence(4, L, 128 // s),
-            peers={"Python loop": plain_loop, "FFT": by_fft, "chunked matmul": by_matmul},
+            peers={"Python loop": bench_peers.plain_loop, "FFT": bench_peers.by_fft, "chunked matmul": bench_peers.by_matmul},
         ),
-        Case("linear_recurrence, per step", **recurrence(4, max(L, 256), H, True), peers={"laminarnet 0.7.11's form": laminarnet_scan}),
+        Case(
+            "linear_recurrence, per step",
+            **recurrence(4, max(L, 256), H, True),
+            peers={"laminarnet 0.7.11's form": bench_peers.laminarnet_scan},
+        ),
         Case(
             "ssm_kernel",
             f"H {H}, N {2 * states}, L {P}",
             lambda: s4d(H, states),
             partial(ssm_kernel, length=P),
-            {"the public s4d.py's form": partial(public_kernel, length=P)},
+            {"the public s4d.py's form": partial(bench_peers.public_kernel, length=P)},
         ),
         Case(
             "ssm_kernel + fft_conv",
             long,
             lambda: [torch.randn(4, P, H), *s4d(H, states)],
             lambda u, w, c: fft_conv(u, ssm_kernel(w, c, P)),
-            {"the public s4d.py's form": lambda u, w, c: padded_fft(u, public_kernel(w, c, P))},
+            {"the public s4d.py's form": lambda u, w, c: bench_peers.padded_fft(u, bench_peers.public_kernel(w, c, P))},
         ),
         Case(
             "fft_conv",
             f"B 4, L {P}, D {H}",
             lambda: [torch.randn(4, P, H), torch.randn(H, P) / P],
             fft_conv,
-            {"torch.fft, padded": padded_fft},
+            {"torch.fft, padded": bench_peers.padded_fft},
         ),
         Case(
             "causal_conv",
             **convolution(4, L, E),
             lab=lambda x, w, b: causal_conv(x, w, b)[0],
-            peers={"conv1d with transposes": lambda x, w, b: conv1d(x.transpose(1, 2), w, b).transpose(1, 2).contiguous()},
+            peers={"conv1d with transposes": lambda x, w, b: bench_peers.conv1d(x.transpose(1, 2), w, b).transpose(1, 2).contiguous()},
         ),
         Case(
             "causal_conv, each in its own layout",
             **convolution(4, L, E),
             lab=lambda x, w, b: causal_conv(x, w, b)[0],
-            peers={"conv1d on (B, D, L)": lambda x, w, b: conv1d(x.view(x.shape[0], x.shape[2], -1), w, b)},
-            compared=lambda y: y.new_zeros(1),  # the same numbers in another order
+            peers={"conv1d on (B, D, L)": lambda x, w, b: bench_peers.conv1d(x.view(x.shape[0], x.shape[2], -1), w, b)},
+            compared=None,  # the numbers are those of another order
         ),
         Case(
             "kuramoto_scan",
@@ -253,8 +154,10 @@ def runner(case: Case, function: Function, inputs: list[Tensor]) -> Callable[[],
     return run
 
 
-def difference(case: Case, function: Function, inputs: list[Tensor]) -> float:
+def difference(case: Case, function: Function, inputs: list[Tensor]) -> float | None:
     """The largest difference between lab's results and gradients and the peer's, as a part of the largest number there."""
+    if case.compared is None:
+        return None
     sides = []
     for side in (case.lab, function):
         ours = [t.detach().clone().requires_grad_(case.backward) for t in inputs]

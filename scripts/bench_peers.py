@@ -1,0 +1,108 @@
+"""Other ways to compute what the ops compute: installed packages, imported when they are called, and plain PyTorch, written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    from mambapy.mamba import MambaBlock
+
+    return MambaBlock.selective_scan(None, u, dt, A, B, C, D)
+
+
+def selecting_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The published reference: all decays first, then a loop that selects time steps; its backward pass grows with L^2."""
+    decay, x = torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None]
+    h, steps = torch.zeros_like(decay[:, 0]), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + x[:, t]
+        steps.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(steps, 1) + u * D
+
+
+def sixteen_steps(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    steps = []
+    for x, d, b, c in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        h = torch.exp(d[..., None] * A) * h + (d * x)[..., None] * b[:, None]
+        steps.append((h * c[:, None]).sum(-1))
+    return torch.stack(steps, 1), h
+
+
+@cache
+def compiled_steps() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(sixteen_steps, fullgraph=True, dynamic=False)
+
+
+def compiled_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    h, chunks = u.new_zeros(u.shape[0], *A.shape), []
+    for parts in zip(*(t.split(16, 1) for t in (u, dt, B, C)), strict=True):
+        y, h = compiled_steps()(h, parts[0], parts[1], A, parts[2], parts[3])
+        chunks.append(y)
+    return torch.cat(chunks, 1) + u * D
+
+
+def s5_scan(a: Tensor, x: Tensor) -> Tensor:
+    from s5.jax_compat import associative_scan
+    from s5.s5_model import binary_operator
+
+    decays = a.expand(x.shape[1:])
+    return torch.stack([associative_scan(binary_operator, (decays, row))[1] for row in x])
+
+
+def plain_loop(a: Tensor, x: Tensor) -> Tensor:
+    h, steps = torch.zeros_like(x[:, 0]), []
+    for now in x.unbind(1):
+        h = a * h + now
+        steps.append(h)
+    return torch.stack(steps, 1)
+
+
+def by_fft(a: Tensor, x: Tensor) -> Tensor:
+    return padded_fft(x, a[:, None] ** torch.arange(x.shape[1]))
+
+
+def by_matmul(a: Tensor, x: Tensor, chunk: int = 64) -> Tensor:
+    """Inside a chunk a lower triangular matrix of powers for each channel, from chunk to chunk a loop."""
+    place = torch.arange(chunk)
+    powers = (a[:, None, None] ** (place[:, None] - place).clamp(min=0)).tril()  # (D, chunk, chunk)
+    inside = torch.einsum("dij,bnjd->bnid", powers, x.unflatten(1, (-1, chunk)))
+    onward, h, chunks = a ** (place + 1)[:, None], torch.zeros_like(x[:, 0]), []
+    for part in inside.unbind(1):
+        part = part + onward * h[:, None]
+        h = part[:, -1]
+        chunks.append(part)
+    return torch.cat(chunks, 1)
+
+
+def laminarnet_scan(a: Tensor, x: Tensor, chunk: int = 256) -> Tensor:
+    """As laminarnet 0.7.11 computes it: sums of x_t / (a_0 .. a_t), the exponents clamped at -20; not exact."""
+    B, L, D = x.shape
+    logs = a.log().view(B, -1, chunk, D).cumsum(2).clamp(-20.0, 0.0)
+    top = logs.amax(2, keepdim=True)
+    inside = torch.exp(logs - top) * torch.cumsum(torch.exp(top - logs) * x.view(B, -1, chunk, D), 2)
+    total = logs[:, :, -1].cumsum(1).clamp(-80.0, 0.0)
+    total = (total - total.amax(1, keepdim=True)).clamp(-20.0, 0.0)
+    seeds = F.pad((inside[:, :, -1] * torch.exp(-total))[:, :-1], (0, 0, 1, 0)).cumsum(1)
+    return (inside + (seeds * torch.exp(total))[:, :, None] * torch.exp(logs)).view(B, L, D)
+
+
+def public_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
+    """As the public s4d.py computes it."""
+    powers = torch.exp(torch.view_as_complex(w)[..., None] * torch.arange(length))
+    return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
+
+
+def padded_fft(u: Tensor, K: Tensor) -> Tensor:
+    L = u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L].transpose(1, 2)
+
+
+def conv1d(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """x (B, D, L)"""
+    return F.conv1d(x, w.T[:, None], bias, padding=w.shape[0] - 1, groups=x.shape[1])[..., : x.shape[2]]
