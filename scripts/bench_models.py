@@ -212,7 +212,7 @@ def growth(name: str, args: argparse.Namespace) -> benchmark.Row:
     make = partial(lab_model, name, *sizes)
     times, memory = [], []
     for length in lengths:
-        times.append(benchmark.in_turn({"lab": training_step(make(), 1, length)}, args.repeats, budget=10.0)["lab"].ms)
+        times.append(benchmark.in_turn({"lab": training_step(make(), 1, length)}, args.repeats, budget=5.0)["lab"].ms)
         memory.append(peak(make, 1, length))
     row = {"name": name, "lengths": lengths, "ms": times, "mb": memory}
     return row | {"time_exponent": slope(lengths, times), "memory_exponent": slope(lengths, memory)}

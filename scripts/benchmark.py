@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def in_turn(
-    sides: Mapping[str, Callable[[], object]], repeats: int, budget: float = 20.0, clock: Callable[[], float] = time.process_time
+    sides: Mapping[str, Callable[[], object]], repeats: int, budget: float = 8.0, clock: Callable[[], float] = time.process_time
 ) -> dict[str, Timing]:
     """Times the sides one after the other, `repeats` times around, so that a busy machine disturbs all of them alike. A side that has
     used up its budget, in seconds, is left out of the later rounds; a fast one runs several times in each, for 20 ms or so."""
