@@ -1,4 +1,4 @@
-"""docs/performance.md from the figures of the benchmarks.
+"""docs/performance.md from the figures of the benchmarks, any number of files: those of one allocator may come beside the other's.
 
 python scripts/bench_ops.py --json ops.json
 python scripts/bench_models.py --json models.json
@@ -39,16 +39,16 @@ OPS = """
 
 Forward and backward, unless a row says forward.
 
-| op | against | lab, ms | other, ms | ratio | ratio, reuse | ± | lab, MiB | other, MiB | difference |
+| op | against | lab, ms | other, ms | ratio, default | ratio, reuse | ± | lab, MiB | other, MiB | difference |
 |---|---|---|---|---|---|---|---|---|---|
 """
 THREADS = """
 ### Two threads
 
-Wall-clock time, so other work on the machine counts; the allocator keeps its memory.
+Wall-clock time, so what else the machine computes counts: a second thread gains nothing where both cores are taken.
 
-| op | 1 thread, ms | 2 threads, ms | ratio |
-|---|---|---|---|
+| op | 1 thread, ms | 2 threads, ms | ratio, default | ratio, reuse |
+|---|---|---|---|---|
 """
 MODELS = """
 ## Training steps
@@ -56,7 +56,7 @@ MODELS = """
 Forward, cross-entropy, backward, clipping and AdamW; 4 layers, d_model 256, vocabulary 256, batch {batch}. mambapy and s5-pytorch give the
 layer, in lab's trunk; transformers the whole model. All start from the same weights.
 
-| model | against | L | lab, ms | other, ms | ratio | ratio, reuse | ± | lab, MiB | other, MiB | difference |
+| model | against | L | lab, ms | other, ms | ratio, default | ratio, reuse | ± | lab, MiB | other, MiB | difference |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 GROWTH = """
@@ -72,54 +72,55 @@ A training step of batch 1, otherwise as above; the exponent is the slope of the
 def figure(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if 0.01 <= value < 10 else f"{value:.0f}" if 10 <= value < 1e5 else f"{value:.0e}"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def paired(rows: list[Row], *keys: str) -> list[tuple[Row, Row]]:
-    """The rows of the two allocators side by side."""
+def paired(rows: list[Row], *keys: str) -> list[tuple[Row, str, str]]:
+    """For each thing measured: a row, of the default allocator where there is one, and the ratios of both allocators."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), {})[row["allocator"]] = row
-    return [(pair["default"], pair.get("reuse", {})) for pair in found.values()]
+    ratios = [[figure(pair.get(name, {}).get("ratio")) for name in ("default", "reuse")] for pair in found.values()]
+    return [(pair.get("default") or pair["reuse"], *both) for pair, both in zip(found.values(), ratios, strict=True)]
 
 
 def line(*cells: Any) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |\n"
 
 
-def compared(row: Row, reuse: Row) -> list[str]:
+def compared(row: Row, default: str, reuse: str) -> list[str]:
     if row.get("ratio") is None:
         return [row["note"], "", "", "", "", "", "", ""]
-    ratios = [f"**{figure(row['ratio'])}**", f"**{figure(reuse.get('ratio'))}**"]
-    return [
-        figure(row["lab_ms"]), figure(row["peer_ms"]), *ratios, f"{row['spread']:.0%}", figure(row["lab_mb"]), figure(row["peer_mb"]),
-        "" if row["difference"] is None else f"{row['difference']:.0e}",
-    ]  # fmt: skip
+    times, memory = (figure(row["lab_ms"]), figure(row["peer_ms"])), (figure(row["lab_mb"]), figure(row["peer_mb"]))
+    return [*times, default, reuse, f"{row['spread']:.0%}", *memory, "" if row["difference"] is None else f"{row['difference']:.0e}"]
 
 
-def page(ops: Row, models: Row) -> str:
-    machine = "".join(line(key, value) for key, value in ops["machine"].items())
-    commands = "\n".join(f"    {report['command']}" for report in (ops, models))
-    text = INTRODUCTION.format(commands=commands, machine=machine.rstrip(), date=ops["date"])
-    single = [row for row in ops["rows"] if "2 threads" not in row["name"]]
-    text += OPS + "".join(
-        line(f"{row['name']}, {row['shape']}", row["against"], *compared(row, reuse)) for row, reuse in paired(single, "name", "against")
-    )
+def page(reports: list[Row]) -> str:
+    ops, models = ([report for report in reports if ("growth" in report) == both] for both in (False, True))
+    machine = "".join(line(key, value) for key, value in reports[0]["machine"].items())
+    commands = "\n".join(f"    {report['command']}" for report in reports)
+    text = INTRODUCTION.format(commands=commands, machine=machine.rstrip(), date=max(report["date"] for report in reports))
+    rows = [row for report in ops for row in report["rows"]]
+    single = [row for row in rows if "2 threads" not in row["name"]]
+    text += OPS
+    for row, *ratios in paired(single, "name", "against"):
+        text += line(f"{row['name']}, {row['shape']}", row["against"], *compared(row, *ratios))
     text += THREADS
-    for default, reuse in paired([row for row in ops["rows"] if row not in single], "name"):
-        row = reuse or default
-        text += line(row["name"].removesuffix(", 2 threads"), *(figure(row.get(key)) for key in ("peer_ms", "lab_ms", "ratio")))
-    text += MODELS.format(batch=models["rows"][0]["batch"])
-    for row, reuse in paired(models["rows"], "name", "against", "length"):
-        text += line(row["name"], row["against"], row["length"], *compared(row, reuse))
-    lengths = models["growth"][0]["lengths"]
+    for row, *ratios in paired([row for row in rows if row not in single], "name"):
+        text += line(row["name"].removesuffix(", 2 threads"), figure(row.get("peer_ms")), figure(row.get("lab_ms")), *ratios)
+    rows = [row for report in models for row in report["rows"]]
+    text += MODELS.format(batch=rows[0]["batch"])
+    for row, *ratios in paired(rows, "name", "against", "length"):
+        text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
+    rows = [row for report in models for row in report["growth"]]
+    lengths = rows[0]["lengths"]
     text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
-    for row in models["growth"]:
-        exponents = [f"**{row[key]:.2f}**" for key in ("time_exponent", "memory_exponent")]
+    for row in rows:
+        exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
         each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
         text += line(row["name"], row["allocator"], *exponents, *each)
     return text
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page(*(json.loads(Path(file).read_text()) for file in sys.argv[1:3])))
+    sys.stdout.write(page([json.loads(Path(file).read_text()) for file in sys.argv[1:]]))
