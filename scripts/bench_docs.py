@@ -38,8 +38,8 @@ Allocator: by default, glibc maps every large tensor anew and gives it back, and
 OPS = """
 ## Ops
 
-Forward and backward, unless a row says forward. laminarnet's form clamps exponents, so that long decays come out wrong: the difference is its
-own error. The published loop's backward pass grows with the square of the length.
+Forward and backward, unless a row says forward. laminarnet's form clamps exponents, so that long decays come out wrong: the difference is
+its own error. The published loop's backward pass grows with the square of the length.
 
 | op | against | lab, ms | other, ms | ratio, default | ratio, reuse | ± | lab, MiB | other, MiB | difference |
 |---|---|---|---|---|---|---|---|---|---|
