@@ -139,14 +139,17 @@ class Stack(SequenceModel):
     def collect(
         self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
     ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
-        """The layers' outputs -> state, losses and record: means and lists over the layers that have them."""
+        """The layers' outputs -> state, losses (means over the layers that have them), record (lists over all layers)."""
         after: State = None
         if "state" in want:
             start = 0 if state is None else state["position"]
             B, L = tokens.shape[:2]
             new = torch.full((B,), L, device=tokens.device) if lengths is None else lengths.to(tokens.device, torch.long)
             after = {"position": start + new, "layers": [out.state for out in outputs]}
-        losses = {name: torch.stack(of_layers).mean() for name, of_layers in gathered([out.losses for out in outputs]).items()}
+        losses = {
+            name: torch.stack([loss for loss in of_layers if loss is not None]).mean()
+            for name, of_layers in gathered([out.losses for out in outputs]).items()
+        }
         return after, losses, gathered([out.record for out in outputs])
 
     def init_state(
@@ -190,6 +193,6 @@ def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[
 
 
 def gathered(of_layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The values of each name, over the layers that have it."""
+    """The values of each name, a list over the layers, None for one that has no such value."""
     names = dict.fromkeys(name for one in of_layers for name in one)
-    return {name: [one[name] for one in of_layers if name in one] for name in names}
+    return {name: [one.get(name) for one in of_layers] for name in names}
