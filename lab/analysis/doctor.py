@@ -19,12 +19,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from lab import compiler, ops
+from lab import compiler, memory, ops
 from lab.ops import native
 from lab.ops.backend import Backend, Op
 
 TOLERANCE = 1e-4  # of the largest value; float32 against the plain formula
-VARIABLES = ("CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "LD_PRELOAD", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+VARIABLES = ("CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "LD_PRELOAD", *memory.VARIABLES)
 """Environment variables that change what runs here, or how fast."""
 
 
@@ -105,6 +105,7 @@ def _environment() -> dict[str, Any]:
         "openmp": openmp(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "allocator": memory.allocator(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

@@ -133,6 +133,7 @@ def _facts(found: dict[str, Any]) -> Any:
         ("python", f"{environment['python']}, {environment['platform']}"),
         ("OpenMP", ": ".join([*filter(None, [", ".join(pools)]), shared])),
         ("threads", f"{environment['threads']} of {environment['cores']} cores"),
+        ("allocator", environment["allocator"]),
         ("variables", ", ".join(f"{name}={value}" for name, value in environment["variables"].items()) or "none that matters is set"),
         ("forced", ", ".join(f"ops.{op}={backend}" for op, backend in found["forced"].items()) or "no op"),
     ):
