@@ -46,7 +46,7 @@ class PlainLibraries(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        options = ["-Icsrc/include", f'-DLAB_SOURCES="{digest(own_sources(ROOT))}"']
+        options = ["-Icsrc/include", "-fvisibility=hidden", f'-DLAB_SOURCES="{digest(own_sources(ROOT))}"']
         try:
             compile_library(ext.sources, Path(self.get_ext_fullpath(ext.name)).absolute(), ext.name.partition("cpu_")[2], options, cwd=ROOT)
         except NoLibrary as error:

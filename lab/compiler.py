@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 ROOT = Path(__file__).parents[1]  # of the checkout, if this is one
-FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi"]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # elsewhere the kernels run on one thread
 
 
