@@ -117,11 +117,11 @@ class Library:
     def __init__(self, file: str | Path, *names: str) -> None:
         self.file, self.names = Path(file).absolute(), names
 
-    def why_not(self, *tensors: Tensor | None) -> str | None:
-        """The reason why these kernels cannot compute with these tensors, or None: what `Backend(supports=...)` asks."""
+    def why_not(self, *arguments: Any) -> str | None:
+        """The reason why these kernels cannot compute with the tensors among these, or None: what `Backend(supports=...)` asks."""
         if exporting():
             return f"an exported file must run without {self.file.name}"
-        given = [t for t in tensors if t is not None]
+        given = [argument for argument in arguments if isinstance(argument, Tensor)]
         if any(t.device.type != "cpu" for t in given):
             return f"{self.file.name} computes on the CPU"
         return self.lacks(given[0].dtype)
