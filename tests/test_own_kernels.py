@@ -108,18 +108,18 @@ def reversing(*args):
     return args[0].flip(1)
 
 
-MINE = Backend("mine", reversing, supports=lambda x, *rest: None if x.shape[1] == 9 else "it takes 9 steps")
+MINE = Backend("reversing", reversing, supports=lambda x, *rest: None if x.shape[1] == 9 else "it takes 9 steps")
 
 
 def test_a_backend_of_mine_is_asked_first_and_falls_back(caplog):
     x, w = torch.randn(2, 9, 3), torch.randn(2, 3)
     short = causal_conv(x[:, :5], w)[0]
     with use(causal_conv=MINE), caplog.at_level(logging.WARNING, "lab.ops.backend"):
-        assert torch.equal(causal_conv(x, w)[0], x.flip(1)) and ops.used()["causal_conv"] == "mine"
-        assert torch.equal(causal_conv(x[:, :5], w)[0], short) and ops.used()["causal_conv"] != "mine"
+        assert torch.equal(causal_conv(x, w)[0], x.flip(1)) and ops.used()["causal_conv"] == "reversing"
+        assert torch.equal(causal_conv(x[:, :5], w)[0], short) and ops.used()["causal_conv"] != "reversing"
         compiled = torch.compile(lambda: causal_conv(x, w)[0], fullgraph=True, backend="eager")
         assert torch.equal(compiled(), x.flip(1))
-    assert "op causal_conv does not use backend mine: it takes 9 steps" in caplog.messages
+    assert "op causal_conv does not use backend reversing: it takes 9 steps" in caplog.messages
     assert not torch.equal(causal_conv(x, w)[0], x.flip(1))
     with pytest.raises(ValueError, match="ops.causal_conv: it has a backend torch of its own; name yours otherwise"):
         ops.force({"causal_conv": Backend("torch", reversing)})
@@ -150,7 +150,7 @@ def test_a_config_names_a_backend_by_its_module(module_of_mine):
         ("kernels_of_mine.FAS", r"ops.fft_conv \(command line\): kernels_of_mine has no FAS"),
         (
             "kernels_of_mine.OTHER",
-            r"ops.fft_conv \(command line\): kernels_of_mine.OTHER must be a lab.ops.backend.Backend; it is of type int",
+            "kernels_of_mine.OTHER must be a lab.ops.backend.Backend; it is of type int",
         ),
         ("kernels_of.FAST", r"ops.fft_conv \(command line\): there is no module kernels_of"),
     ):
