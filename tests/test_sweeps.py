@@ -60,6 +60,9 @@ match json.loads(pathlib.Path("plan.json").read_text()).get(str(seed), "done"):
     case "refuses":
         print("something else")
         sys.exit("lab-train: optimizer: lr is odd")
+    case "is killed":  # while it trains
+        finish(run, composed, "running")
+        os.kill(os.getpid(), signal.SIGKILL)
     case "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     case "loses":  # the race for the lock; the winner is done before the loser is seen
@@ -148,6 +151,13 @@ def test_failures_are_rows_and_stop_nobody(plan, capsys):
     assert sweep("seed=1,2,3,4", "hydra.launcher.n_jobs=3") == 0 and calls() == []
     assert sweep("seed=2,1") == 0 and calls() == []  # another sweep, the same runs
     assert sweep("seed=1", "fresh=true") == 0 and calls() == ["train 1", "eval"]
+
+
+def test_a_killed_job_reads_the_same_in_the_line_and_in_the_table(plan, capsys):
+    plan({1: "is killed"})
+    assert sweep("seed=1") == 1
+    (row,) = lines()
+    assert row["status"] == "interrupted" and f"  interrupted: {row['reason']}" in capsys.readouterr().out
 
 
 def test_a_job_that_cannot_be_evaluated(plan, capsys):
@@ -322,7 +332,7 @@ def test_a_task_without_a_test_split_is_not_evaluated(jobs, tmp_path):
         (["experiment=glop(*)"], "cannot read the value glop(*)"),
         (["experiment=glob(zz*)"], "experiment=glob(zz*) (command line): these values give no job"),
         (["optimizer.lr=interval(0,1)"], "BasicSweeper does not support sweep type"),
-        (["seed=1,2", "hydra.launcher.njobs=2"], "Could not override 'hydra.launcher.njobs'"),
+        (["seed=1,2", "hydra.launcher.njobs=2"], "did you mean hydra.launcher.n_jobs?"),
         (["seed=1,2", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs (command line): expected an integer of at least 1, got 0"),
         (["hydra/launcher=none_such"], "Available options in 'hydra/launcher': basic lab"),
         (["seed=1,2", "callbacks.phases.intervall=3"], "callbacks.phases.intervall"),

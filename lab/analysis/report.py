@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from lab.config.identity import relevant
 from lab.training.run import MONITOR, Run, RunError
 
-SELECTION = "* marks the lowest validation loss of its task; the test scores took no part in that choice"
+SELECTION = "* marks the lowest validation loss among the runs on the same data; the test scores took no part in that choice"
 SWEEP = "sweep.json"
 
 
@@ -250,7 +250,8 @@ def by_seed(found: list[Row]) -> Report:
         alike = len({json.dumps([row.test_data.get(name) for name in evaluated]) for row in tested}) <= 1
         line: dict[str, Any] = {"model": first.model, "task": first.task} | {key: _value(first, key) for key in differing}
         line |= _data(group, found)
-        line |= {"runs": len(group), "n": len(done), "seeds": ", ".join(str(row.config["seed"]) for row in done if "seed" in row.config)}
+        seeds = sorted(row.config["seed"] for row in done if "seed" in row.config)
+        line |= {"runs": len(group), "n": len(done), "seeds": ", ".join(map(str, seeds))}
         line |= {"best": ""} | _mean("val ce_loss", [row.val for row in done])
         line |= {"test n": len(tested)} if tests else {}
         for name in tests:

@@ -75,6 +75,12 @@ class Job:
         found = {str(target) for key, target in places(self.composed.config) if key[-1] == "_target_"}
         return [f"--trust={target}" for target in sorted(found) if not target.startswith("lab.")]
 
+    @property
+    def status(self) -> str:
+        """What became of it, as its folder says; a job that never came to its folder has failed, and so has one that is not evaluated."""
+        status = str(Run(self.path).job().get("status"))
+        return status if status == "interrupted" else "failed"
+
     def score(self) -> float:
         """What a sweeper minimises: the validation loss of the best checkpoint; NaN for a job that is not done."""
         row = read(self.path)

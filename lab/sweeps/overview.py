@@ -37,14 +37,15 @@ class Overview:
 
     def ended(self, job: Job, what: str) -> None:
         self.n_ended += 1
-        self.n_failed += what.startswith("failed")
+        failed = what.startswith(("failed", "interrupted"))
+        self.n_failed += failed
         row = read(job.path)
         scores = [f"val ce_loss {number(row.val)}"] if row.val is not None and what.startswith("done") else []
         scores += [f"test {name} {number(value)}" for name, value in row.test.items() if name in ("ce_loss", "exact_match") and scores]
         began = self.began.pop(job.label, None)
         scores += [f"{time.monotonic() - began:.0f} s"] if began else []
         line = f"[{self.n_ended}/{self.total}] {job.label}  {what}{'  ' if scores else ''}{', '.join(scores)}"
-        self.console.print(Text(f"{line}  ({job.log})" if what.startswith("failed") else line))
+        self.console.print(Text(f"{line}  ({job.log})" if failed else line))
 
     def say(self, text: str) -> None:
         self.console.print(Text(text))

@@ -119,7 +119,7 @@ class Pool:
             return
         reason = job.reason(process.command, process.popen.pid, code, process.log_start) if code else None
         self.record(job, reason)
-        self.overview.ended(job, f"failed: {reason}" if reason else "done")
+        self.overview.ended(job, f"{job.status}: {reason}" if reason else "done")
 
     # ------------------------------------------------------------------ signals
 

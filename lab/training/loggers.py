@@ -27,7 +27,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class JsonLines(Logger):
+class ScalarFile(Logger):
+    """A file of scalars in the run folder; what Lightning asks of a logger besides is answered here."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """hparams.yaml has them."""
+
+
+class JsonLines(ScalarFile):
     """metrics.jsonl: a row {"step": ..., name: value} for each log. Rows after `first_step` are dropped: a killed run writes them again."""
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
@@ -41,25 +57,13 @@ class JsonLines(Logger):
             kept = (row for row in read_rows(self.path) if 0 < first_step >= row["step"])  # from the start: step 0 is written again, too
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    @property
-    def name(self) -> str:
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """hparams.yaml has them."""
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(strict({"step": step, **metrics})) + "\n")
 
 
-class CsvTable(Logger):
+class CsvTable(ScalarFile):
     """metrics.csv: one row for each step. A view of metrics.jsonl, which is written first: no resume can double a row.
 
     A row of a new step is appended; one that adds to a step that is there, or brings a new column, makes the table anew.
@@ -71,18 +75,6 @@ class CsvTable(Logger):
         self.columns: list[str] = []
         self.last: int | None = None
         self._write()
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """hparams.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
