@@ -105,19 +105,21 @@ def own_sources(checkout: Path = ROOT) -> list[Path]:
 def rebuild_command() -> str:
     """What builds lab's own library again, where lab was installed from."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    if own_sources():
+    folder = installed_from()
+    if own_sources() and folder != ROOT:  # a checkout that is only on the path
         return f"cd {shlex.quote(str(ROOT))} && {python} setup.py build_ext --inplace"
-    return f"{python} -m pip install --force-reinstall --no-deps {shlex.quote(installed_from() or 'CHECKOUT')}"
+    how = "--no-deps --editable" if own_sources() else "--force-reinstall --no-deps"
+    return f"{python} -m pip install {how} {shlex.quote(str(folder or 'CHECKOUT'))}"
 
 
-def installed_from() -> str | None:
+def installed_from() -> Path | None:
     """The folder that pip installed lab from, if it is still there."""
     try:
         stored = json.loads(metadata.distribution("lab").read_text("direct_url.json") or "{}")
     except (metadata.PackageNotFoundError, ValueError):
         return None
     folder = Path(url2pathname(urlparse(stored.get("url", "")).path))
-    return str(folder) if "dir_info" in stored and (folder / "setup.py").exists() else None
+    return folder if "dir_info" in stored and (folder / "setup.py").exists() else None
 
 
 def compile_once(source: Path) -> Path:

@@ -94,9 +94,11 @@ def test_a_library_that_is_none_of_labs_is_not_used(checkout):
     assert library is None and " does not load (" in says and says.endswith(compiler.rebuild_command())
 
 
-def test_what_builds_it_again_is_a_command_of_this_checkout(monkeypatch, tmp_path):
+def test_what_builds_it_again_is_one_command(monkeypatch):
     monkeypatch.setattr(compiler.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(compiler, "installed_from", lambda: ROOT)  # editable
+    assert compiler.rebuild_command() == f"python -m pip install --no-deps --editable {ROOT}"
+    monkeypatch.setattr(compiler, "installed_from", lambda: Path("/home/me/my lab"))
     assert compiler.rebuild_command() == f"cd {ROOT} && python setup.py build_ext --inplace"
-    monkeypatch.setattr(compiler, "own_sources", lambda: [])  # a wheel
-    monkeypatch.setattr(compiler, "installed_from", lambda: "/home/me/my lab")
+    monkeypatch.setattr(compiler, "own_sources", lambda: [])  # not editable: no sources beside the package
     assert compiler.rebuild_command() == "python -m pip install --force-reinstall --no-deps '/home/me/my lab'"
