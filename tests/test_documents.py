@@ -1,7 +1,8 @@
 """README.md and docs/*.md do what they say: the files in them are written, their commands and programs run, in order, in an empty folder.
 
-A block ```bash holds commands, one to a line; ```python, ```yaml or ```cpp a file, if its first line is a comment with a name, else a program.
-A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run elsewhere.
+A block ```bash holds commands, one to a line; ```python, ```yaml or ```cpp a file, if its first line is a comment with a name, else a
+program. A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run
+elsewhere.
 """
 
 from __future__ import annotations
