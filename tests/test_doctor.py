@@ -77,8 +77,8 @@ def test_a_forced_backend_shows_and_is_what_to_change():
 
 def test_a_backend_that_computes_something_else_is_reported(monkeypatch):
     monkeypatch.setattr(backend, "_forced", {})
-    wrong = backend.Backend("wrong", lambda u, K: u + 1)
-    broken = backend.Backend("broken", lambda u, K: u.no_such)
+    wrong = backend.Backend("wrong", lambda *args: args[0] + 1)
+    broken = backend.Backend("broken", lambda *args: args[0].no_such)
     for own, said in ((wrong, "fft_conv: not what the formula gives"), (broken, "fft_conv: not what the formula gives")):
         with use(fft_conv=own):
             entry = doctor.look(next(op for op in ops.every() if op.name == "fft_conv"), "cpu", here=True)
