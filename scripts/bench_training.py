@@ -43,6 +43,7 @@ WARM_UP = 20
 SHARED = (
     "experiment=copy_reverse_small", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000", "trainer.accelerator=cpu",
     "task.n_val=64", "task.free_samples=0", "~callbacks.progress", "~callbacks.phases", "~callbacks.attention",
+    "~callbacks.state_spaces",
 )  # fmt: skip
 
 

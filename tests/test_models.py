@@ -31,8 +31,8 @@ def compose_yaml(name: str, *overrides: str):
         return compose(f"model/{name}", overrides=list(overrides))
 
 
-def from_yaml(name: str) -> Stack:
-    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: 32}}", "model.d_model=32", "model.n_layers=2")
+def from_yaml(name: str, seq_len: int = 32) -> Stack:
+    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: {seq_len}}}", "model.d_model=32", "model.n_layers=2")
     return instantiate(config.model)
 
 
@@ -71,6 +71,14 @@ def conform(make) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_yaml_conforms(name):
     conform(lambda: from_yaml(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_yaml_conforms_across_the_borders_of_chunks(name):
+    model = from_yaml(name, seq_len=conformance.LONG)
+    initialise(model, 0)
+    conformance.randomise(model, 0)
+    conformance.check_borders(model, random_tokens(3, conformance.LONG))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
@@ -303,6 +311,27 @@ def test_documented_sizes_and_names():
     assert (mixer.n_heads, mixer.W.shape, model.dropout.p, model.max_len) == (8, (8, 8), 0.1, 128)
     weights = compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").loss_weights
     assert dict(weights) == {"sync": 0.02, "diversity": 0.01} and set(weights) == set(model.loss_names)
+
+
+PUBLISHED = {"mamba_130m": 129_135_360, "mamba_370m": 371_516_416}  # parameters with a vocabulary of 50,280
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_yaml_at_its_own_size(name):
+    with torch.device("meta"):
+        model = instantiate(compose_yaml(name, "+task={vocab_size: 50280, seq_len: 128}").model)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == PUBLISHED.get(name, parameters)
+
+
+def test_public_names_of_mamba():
+    """Those of the public weights, but for the prefix and the embedding."""
+    layer = "in_proj.weight conv1d.weight conv1d.bias x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight".split()
+    want = {"embedding.weight", "norm.weight", "head.weight"}
+    want |= {f"blocks.{i}.{name}" for i in range(2) for name in ("norm1.weight", *(f"mixer.{name}" for name in layer))}
+    model = from_yaml("mamba")
+    assert set(model.state_dict()) == want and model.head.weight is model.embedding.weight
+    assert model.state_dict()["blocks.0.mixer.conv1d.weight"].shape == (64, 1, 4)
 
 
 def test_derived_metrics():

@@ -39,7 +39,7 @@ def test_what_is_seen_and_when(tiny):
     phases = read_snapshot("run", "phases", 4)
     assert {name: value.shape for name, value in phases.items()} == {
         "step": (), "tokens": (3, 8), "lengths": (3,), "prompt_len": (), "theta": (2, 3, 8, 2), "omega": (2, 2), "kappa": (2, 2),
-        "r": (2, 3, 8),
+        "r": (2, 3, 8), "layers": (2,),
     }  # fmt: skip
     np.testing.assert_allclose(phases["r"], abs(np.exp(1j * phases["theta"]).mean(-1)), atol=1e-6)
     weights = read_snapshot("run", "attention", 5)["attention"].astype(float)

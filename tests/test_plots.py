@@ -100,7 +100,7 @@ def test_learning_curves(tiny):
 def test_mistakes_are_sentences(run):
     with pytest.raises(RunError, match="nowhere: there is no such run folder"):
         plot_delimiter_wave("nowhere")
-    with pytest.raises(RunError, match="layer=2: the snapshot has the layers 0 to 1"):
+    with pytest.raises(RunError, match="layer=2: the snapshot has the layers 0, 1"):
         plot_delimiter_wave(run, layer=2)
     with pytest.raises(RunError, match="sample=2: the snapshot has the samples 0 to 1; callbacks.phases.samples sets how many"):
         plot_delimiter_wave(run, sample=2)

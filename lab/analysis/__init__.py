@@ -7,13 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lab.analysis.plots import plot_attention, plot_delimiter_wave, plot_history
+    from lab.analysis.state_space_plots import plot_responses, plot_selectivity, plot_spectrum, plot_time_steps
 
 _HOME = {
     "plot_attention": "plots",
     "plot_delimiter_wave": "plots",
     "plot_history": "plots",
+    "plot_responses": "state_space_plots",
+    "plot_selectivity": "state_space_plots",
+    "plot_spectrum": "state_space_plots",
+    "plot_time_steps": "state_space_plots",
 }
-__all__ = ["plot_attention", "plot_delimiter_wave", "plot_history"]
+__all__ = [
+    "plot_attention",
+    "plot_delimiter_wave",
+    "plot_history",
+    "plot_responses",
+    "plot_selectivity",
+    "plot_spectrum",
+    "plot_time_steps",
+]
 
 
 def __getattr__(name: str) -> Any:

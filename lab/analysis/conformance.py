@@ -4,6 +4,7 @@
     for check in CHECKS:
         check(model, tokens)                   # tokens (B, L), long, no row equal to another
     check_checkpoint(model, make, tokens)      # make() builds the same architecture afresh
+    check_borders(model, tokens)               # at least LONG tokens: the lengths at which the kernels begin another chunk
 
 Checks run in eval mode (gradients: in the mode of the model) and restore the mode. B = batch, L = length, V = vocabulary.
 """
@@ -19,18 +20,28 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from lab.mixers import Mixer
 from lab.models import SequenceModel, evaluating
 
 RTOL, ATOL = 1e-4, 1e-5  # float32; the same sums in another order
+TIME_STEPS = (-6.0, 3.0)  # biases of time steps: from 1/400 to 20 (as an exponential) or 3 (as a softplus)
+BORDERS = tuple(n for border in (16, 32, 48, 64, 128, 256) for n in (border - 1, border, border + 1))
+"""The kernels keep or restart their states every 16 or 32 steps, in PyTorch every 64; a prefill of S4D goes by 256."""
+LONG = BORDERS[-1] + 3
 
 
 def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
-    """Adds scale * N(0, 1) to every parameter, reproducibly."""
+    """Adds scale * N(0, 1) to every parameter, reproducibly; biases of time steps are drawn from U(TIME_STEPS)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(scale * noise.to(parameter.device, parameter.dtype))
+        for module in model.modules():
+            if isinstance(module, Mixer) and (bias := module.time_step_bias) is not None:
+                low, high = TIME_STEPS
+                uniform = torch.rand(bias.shape, generator=generator, dtype=torch.float64)
+                bias.copy_(low + (high - low) * uniform)
 
 
 def same(got: Tensor, want: Tensor, what: str) -> None:
@@ -199,6 +210,28 @@ def check_record(model: SequenceModel, tokens: Tensor) -> None:
             assert (out.state is not None) == ("state" in fields), f"want={fields}: state is {type(out.state).__name__}"
             assert set(out.losses) == set(model.loss_names if "losses" in fields else ()), f"want={fields}: losses {sorted(out.losses)}"
             assert "record" in fields or not out.record, f"want={fields}: record {sorted(out.record)}"
+
+
+def check_borders(model: SequenceModel, tokens: Tensor, borders: tuple[int, ...] = BORDERS) -> None:
+    """Prefill + prefill and prefill + steps give the logits of forward where the kernels begin another chunk; so do the rows of a padded
+    batch that end at, before and behind such a place. tokens (3, L), L at least two more than the last border."""
+    with evaluating(model):
+        want = model(tokens)
+        for n in borders:
+            logits, state = model.prefill(tokens[:, :n])
+            same(logits, want[:, :n], f"prefill of {n}")
+            rest, _ = model.prefill(tokens[:, n:], state)
+            same(rest, want[:, n:], f"second prefill after {n}")
+            lengths = torch.tensor([n, n - 1, max(1, n - 2)], device=tokens.device)
+            padded = model(tokens[:, :n], lengths=lengths, want=("state",))
+            rows = torch.arange(len(tokens), device=tokens.device)
+            for step in range(2):
+                logits, state = model.step(tokens[:, n + step], state)
+                same(logits, want[:, n + step], f"step {step + 1} after a prefill of {n}")
+                place = lengths + step
+                logits, padded_state = model.step(tokens[rows, place], padded.state)
+                same(logits, want[rows, place], f"step {step + 1} after a padded prefill of {lengths.tolist()}")
+                padded = padded._replace(state=padded_state)
 
 
 def check_checkpoint(model: SequenceModel, make: Callable[[], SequenceModel], tokens: Tensor) -> None:

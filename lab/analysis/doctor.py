@@ -69,7 +69,8 @@ def _difference(op: Op, chosen: Backend, device: str) -> float | str:
         with torch.device(device), torch.no_grad():
             arguments = op.example()
             pairs = zip(*(pytree.tree_leaves(run(*arguments)) for run in (chosen.run, op.backends[-1].run)), strict=True)
-            return max(float((got - want).abs().max() / (want.abs().max() + 1e-30)) for got, want in pairs)
+            differences = [(got - want).abs().max() / (want.abs().max() + 1e-30) for got, want in pairs]
+            return float(torch.stack(differences).max())  # NaN if one is
     except Exception as error:  # whatever it is, it is what the reader wants to know
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 

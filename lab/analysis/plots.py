@@ -4,7 +4,8 @@
     plot_attention(run, step)         the attention weights of one sample, a panel for each head
     plot_history(run, ...)            learning curves, of several runs too
 
-Each takes `output`, a file to save to (png, pdf, svg by its ending). RunError in one sentence where a run lacks what is to be shown.
+Those of state spaces: lab/analysis/state_space_plots.py. Each takes `output`, a file to save to (png, pdf, svg by its
+ending). RunError in one sentence where a run lacks what is to be shown.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ class Plot(Figure):
         return picture.getvalue()
 
 
-def plot_delimiter_wave(logdir: RunPath, step: int | None = None, layer: int = 0, sample: int = 0, output: RunPath | None = None) -> Plot:
-    """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer."""
-    return _save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
+def plot_delimiter_wave(
+    logdir: RunPath, step: int | None = None, layer: int | None = None, sample: int = 0, output: RunPath | None = None
+) -> Plot:
+    """The phases of one sample of the snapshot nearest to `step` (None: the last one), in one layer (None: the first that has phases)."""
+    return save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
 
 
 def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None) -> Plot:
     """The attention weights of the first sample in the snapshot nearest to `step` (None: the last one): a row for each layer."""
-    return _save(attention_maps(read_snapshot(logdir, "attention", step)), output)
+    return save(attention_maps(read_snapshot(logdir, "attention", step)), output)
 
 
 def plot_history(
@@ -52,23 +55,25 @@ def plot_history(
     """A panel for each metric over the steps: training as a thin line, validation as points. Several runs have a colour each."""
     paths = [logdir] if isinstance(logdir, str | Path) else list(logdir)
     histories = {_label(path, paths): Run.open(path).history() for path in paths}
-    return _save(learning_curves(histories, metrics), output)
+    return save(learning_curves(histories, metrics), output)
 
 
 # ----------------------------------------------------------------------- drawing
 
 
-def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: int = 0) -> Plot:
+def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int | None = None, sample: int = 0) -> Plot:
     """The (L, H) phase map on a cyclic colour map; below it r(t), and the phase velocity of each head."""
     n_layers, n_samples = snapshot["theta"].shape[:2]
-    if not -n_layers <= layer < n_layers:
-        raise RunError(f"layer={layer}: the snapshot has the layers 0 to {n_layers - 1}")
+    numbers = layer_numbers(snapshot, n_layers)
+    place = numbers.index(layer) if layer in numbers else 0 if layer is None else layer if -n_layers <= layer < 0 else None
+    if place is None:
+        raise RunError(f"layer={layer}: the snapshot has the layers {', '.join(map(str, numbers))}")
     if not -n_samples <= sample < n_samples:
         raise RunError(f"sample={sample}: the snapshot has the samples 0 to {n_samples - 1}; callbacks.phases.samples sets how many")
     length = int(snapshot["lengths"][sample])
-    theta = snapshot["theta"][layer, sample, :length] % (2 * np.pi)  # (L, H)
+    theta = snapshot["theta"][place, sample, :length] % (2 * np.pi)  # (L, H)
     theta = theta[:, ~np.isnan(theta).all(0)]  # the heads that this layer has
-    r = snapshot["r"][layer, sample, :length]
+    r = snapshot["r"][place, sample, :length]
     velocity = (np.diff(theta, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the shorter way round, from token to token
     heads = theta.shape[1]
 
@@ -111,8 +116,13 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int = 0, sample: i
             axes.axvline(prompt_len - 1, color="crimson", linewidth=1.2)
     if 0 < prompt_len <= length:
         top.text(prompt_len - 1, -0.6, "delimiter", color="crimson", size=SIZE, ha="center", va="bottom")
-    figure.suptitle(f"step {int(snapshot['step']):,}, layer {layer % n_layers}, sample {sample % n_samples}", size=SIZE + 1)
+    figure.suptitle(f"step {int(snapshot['step']):,}, layer {numbers[place]}, sample {sample % n_samples}", size=SIZE + 1)
     return figure
+
+
+def layer_numbers(snapshot: Mapping[str, np.ndarray], n_layers: int) -> list[int]:
+    """The layers of a snapshot by their numbers in the model; one of an older version has all of the model's."""
+    return [int(i) for i in snapshot.get("layers", np.arange(n_layers))]
 
 
 def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
@@ -134,7 +144,11 @@ def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
     image = axes.imshow(mosaic**0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     axes.set_xticks(first[:heads] + (length - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
     axes.set_yticks(
-        first[:n_layers] + (length - 1) / 2, [f"layer {layer}" for layer in range(n_layers)], size=SIZE, rotation=90, va="center"
+        first[:n_layers] + (length - 1) / 2,
+        [f"layer {layer}" for layer in layer_numbers(snapshot, n_layers)],
+        size=SIZE,
+        rotation=90,
+        va="center",
     )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -196,7 +210,7 @@ def _label(path: RunPath, paths: Sequence[RunPath]) -> str:
     return str(path)
 
 
-def _save(figure: Plot, output: RunPath | None) -> Plot:
+def save(figure: Plot, output: RunPath | None) -> Plot:
     if output is not None:
         figure.savefig(output, dpi=150)
     return figure

@@ -1,7 +1,17 @@
-"""Snapshots of a run: what monitoring stored of a step, RUN/<kind>/step_00000100.npz, kind `phases` or `attention`.
+"""Snapshots of a run: what monitoring stored of a step, RUN/<kind>/step_00000100.npz, kind `phases`, `attention` or `state_spaces`.
 
 phases      step, tokens (B, L), lengths (B,), prompt_len, theta (layers, B, L, H), omega and kappa (layers, H), r (layers, B, L)
 attention   step, tokens (L,), prompt_len, attention (layers, H, L, L) in float16: of the first sample, without its padding
+            both: layers, their numbers in the model
+
+state_spaces    step; of the first sample's tokens, up to 512 of them: tokens (L,), labels (L,) as text, text whether the task is one,
+                prompt_len; layers, the numbers i of those that are state spaces; and for each of these, c of its channels, evenly spaced in
+                the order of their dt:
+                eigenvalues_i (c, n, 2), pairs (re, im); S5: (1, n, 2), all states, which its channels share
+                dt_i (c, 1), S5 (1, n); Mamba: the median over all real tokens of the samples
+                dt_counts_i (80,), how many dt lie in each bin of lab.analysis.state_spaces.DT_EDGES, over all channels and real tokens
+                channels_i (c,), their numbers
+                kernel_i (1 or 2, c, L), not of Mamba; token_dt_i (L, c), B_i and C_i (L, n), of Mamba alone
 
 A layer with fewer heads than another is filled up with NaN. prompt_len: the tokens up to the delimiter, it included; 0 where the task has
 none. numpy alone: plots need neither torch nor Lightning.
@@ -18,6 +28,8 @@ import numpy as np
 
 from lab.files import write_bytes
 from lab.training.run import RunError
+
+RECORDED = {"phases": "phases", "attention": "attention weights", "state_spaces": "eigenvalues and time steps"}
 
 
 def write_snapshot(run: str | Path, kind: str, step: int, **arrays: Any) -> None:
@@ -37,7 +49,7 @@ def read_snapshot(run: str | Path, kind: str, step: int | None = None) -> dict[s
         raise RunError(f"{run}: there is no such run folder")
     found = snapshot_steps(run, kind)
     if not found:
-        missing = f"callbacks.{kind}.interval writes them, for models that record {'phases' if kind == 'phases' else 'attention weights'}"
+        missing = f"callbacks.{kind}.interval writes them, for models that record {RECORDED[kind]}"
         also = ", with callbacks.attention.maps=true" if kind == "attention" else ""
         raise RunError(f"{run} has no snapshots in {kind}/; {missing}{also}")
     file = found[max(found) if step is None else min(found, key=lambda known: (abs(known - step), known))]

@@ -1,63 +1,89 @@
-"""State matrices that remember: HiPPO-LegS (arXiv:2008.07669, theorem 2), its diagonal forms, and the other initialisations of S4D.
+"""State matrices that remember: HiPPO-LegS, LegT and Fourier, their diagonal forms, and the other initialisations of S4D.
 
-The state of a polynomial memory obeys x' = A x + B u. LegS is normal plus low rank (arXiv:2111.00396, appendix C.1): with
-p_n = sqrt(n + 1/2), A + p p^T = -1/2 I + a skew matrix, which a unitary V diagonalises. Eigenvalues come in conjugate pairs; one of each
-pair is kept, and a result takes twice the real part of the sum over them.
+The state of a polynomial memory obeys x' = A x + B u. Each A is normal plus low rank: with the rows p of P, A + sum p p^T = rho I + a skew
+matrix, which a unitary V diagonalises. Eigenvalues come in conjugate pairs; one of each pair is kept, and a result takes twice the real
+part of the sum over them. Sources: LegS, LegT arXiv:2008.07669; Fourier and the scale of LegT arXiv:2206.12037; P arXiv:2111.00396,
+appendix C.1; the diagonal forms arXiv:2206.11893, section 4.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-InitMethod = Literal["legs", "lin", "inv", "real"]
+Hippo: TypeAlias = Literal["legs", "legt", "fourier"]
+InitMethod: TypeAlias = Literal["legs", "legt", "fourier", "lin", "inv", "real"]
 
 
 class Diagonal(NamedTuple):
-    """complex128; n = N / 2, the eigenvalues with positive imaginary part."""
+    """complex128; n = N / 2, the eigenvalues with an imaginary part of 0 or more."""
 
     eigenvalues: Tensor  # (n,)
     V: Tensor  # (N, n), their eigenvectors
     B: Tensor  # (n,), V* B
-    P: Tensor  # (n,), V* p: the low-rank part that the diagonal form leaves out
+    P: Tensor  # (r, n), V* p: the low-rank part that the diagonal form leaves out
 
 
-def legs(N: int) -> tuple[Tensor, Tensor]:
-    """A (N, N) and B (N,) of HiPPO-LegS, float64."""
+def hippo(method: Hippo, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A (N, N), B (N,) and P (r, N), float64.
+
+    legs     A_nk = -sqrt((2n+1)(2k+1)) for n > k, -(n+1) on the diagonal, 0 above;  B_n = sqrt(2n+1);  rho = -1/2
+    legt     A_nk = -1/2 sqrt((2n+1)(2k+1)) ((-1)^(n-k) for n < k, else 1);  B_n = 1/2 sqrt(2n+1);  rho = 0
+    fourier  a cosine and a sine of frequency j in the states 2j and 2j+1: rotation by pi j, less B B^T;  B = (1, 0, sqrt2, 0, ..);  rho = 0
+    """
     n = torch.arange(N, dtype=torch.float64)
     root = (2 * n + 1).sqrt()
-    return -(torch.tril(root[:, None] * root, -1) + torch.diag(n + 1)), root
+    even = n % 2 == 0
+    if method == "legs":
+        return -(torch.tril(root[:, None] * root, -1) + torch.diag(n + 1)), root, (n + 0.5).sqrt()[None]
+    if method == "legt":
+        sign = torch.where(n[:, None] < n, 1 - 2 * ((n[:, None] - n) % 2), 1.0)
+        return -0.5 * root[:, None] * root * sign, 0.5 * root, root / math.sqrt(2) * torch.stack([even, ~even])
+    B = math.sqrt(2) * even.double()
+    B[0] = 1.0
+    turn = torch.zeros(N, dtype=torch.float64)
+    turn[::2] = math.pi * (n[::2] / 2)
+    return torch.diag(turn[:-1], -1) - torch.diag(turn[:-1], 1) - B[:, None] * B, B, B[None]
 
 
-def diagonal_legs(N: int) -> Diagonal:
-    """The normal part of LegS, diagonalised. N even."""
-    if N < 2 or N % 2:
-        raise ValueError(f"LegS in conjugate pairs needs an even number of states, got {N}")
-    A, B = legs(N)
-    p = (torch.arange(N, dtype=torch.float64) + 0.5).sqrt()
-    skew = A + p[:, None] * p + 0.5 * torch.eye(N, dtype=torch.float64)
+def diagonalise(method: Hippo, N: int) -> Diagonal:
+    """The normal part of a HiPPO matrix. N even."""
+    _check_even(N)
+    A, B, P = hippo(method, N)
+    rho = -0.5 if method == "legs" else 0.0
+    skew = A + P.T @ P - rho * torch.eye(N)
     frequencies, V = torch.linalg.eigh(-1j * skew)  # ascending; the upper half is positive
     frequencies, V = frequencies[N // 2 :], V[:, N // 2 :]
-    return Diagonal(torch.complex(torch.full_like(frequencies, -0.5), frequencies), V, V.mH @ B.to(V.dtype), V.mH @ p.to(V.dtype))
+    if method == "fourier":  # frequency 0 twice: of its vectors take a pair of conjugates, as all others are
+        frequencies[0], V[:, 0] = 0.0, 0.0
+        V[0, 0], V[1, 0] = math.sqrt(0.5), 1j * math.sqrt(0.5)
+    return Diagonal(torch.complex(torch.full_like(frequencies, rho), frequencies), V, V.mH @ B.to(V.dtype), P.to(V.dtype) @ V.conj())
 
 
 def eigenvalues(method: InitMethod, N: int) -> Tensor:
-    """(N / 2,) complex128, for N states in conjugate pairs; source of all but `real`: arXiv:2206.11893, section 4.
+    """(N / 2,) complex128, what a diagonal layer with N states in conjugate pairs starts from.
 
-    legs: those of LegS' normal part; lin: -1/2 + i pi n; inv: -1/2 + i (N/pi) (N/(2n + 1) - 1); real: -(n + 1).
+    legs, legt, fourier: -1/2 + i frequency, those of the normal part (LegT and Fourier owe all of their decay to the part that is left
+    out); lin: -1/2 + i pi n, which are the frequencies of fourier; inv: -1/2 + i (N/pi) (N/(2n + 1) - 1); real: -(n + 1).
     """
-    if N < 2 or N % 2:
-        raise ValueError(f"d_state={N} counts states in conjugate pairs: it must be even")
-    if method == "legs":
-        return diagonal_legs(N).eigenvalues
+    _check_even(N)
     n = torch.arange(N // 2, dtype=torch.float64)
-    if method == "real":
-        return torch.complex(-(n + 1), torch.zeros_like(n))
-    if method == "lin":
-        return torch.complex(torch.full_like(n, -0.5), math.pi * n)
-    if method == "inv":
-        return torch.complex(torch.full_like(n, -0.5), N / math.pi * (N / (2 * n + 1) - 1))
-    raise ValueError(f"init_method={method!r}; expected legs, lin, inv or real")
+    half = torch.full_like(n, -0.5)
+    match method:
+        case "legs" | "legt" | "fourier":
+            return torch.complex(half, diagonalise(method, N).eigenvalues.imag)
+        case "lin":
+            return torch.complex(half, math.pi * n)
+        case "inv":
+            return torch.complex(half, N / math.pi * (N / (2 * n + 1) - 1))
+        case "real":
+            return torch.complex(-(n + 1), torch.zeros_like(n))
+    raise ValueError(f"init_method={method!r}; expected {', '.join(get_args(InitMethod))}")
+
+
+def _check_even(N: int) -> None:
+    if N < 2 or N % 2:
+        raise ValueError(f"d_state={N} counts states in conjugate pairs: it must be even and at least 2")

@@ -63,6 +63,11 @@ class Mixer(nn.Module, ABC):
         """The state before the first token; device and dtype default to those of the parameters. None is one too: `mix` starts afresh."""
         return None
 
+    @property
+    def time_step_bias(self) -> nn.Parameter | None:
+        """What a time step is the exponential or the softplus of, for a sampled state space; None for a mixer without one."""
+        return None
+
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for `n` more tokens, so that "in_place" steps can write into it. States of fixed size need none."""
         return state

@@ -4,7 +4,9 @@
     h_t = e^{dt_t A} h_{t-1} + (dt_t x_t) B_t,   y_t = C_t . h_t + D x_t,   out = W_out(y * SiLU(z))
 
 B = batch, L = length, D = d_model, E = expand_factor D, N = d_state, K = d_conv, R = dt_rank.
-State: {"conv": (B, K - 1, E), "h": (B, E, N)} float32. Parameters have the names of the public implementation.
+State: {"conv": (B, K - 1, E), "h": (B, E, N)} float32.
+Record: eigenvalues A (E, N, 2) with imaginary part 0, dt (B, L, E, 1), B (B, L, N), C (B, L, N).
+Parameters have the names of the public implementation.
 """
 
 from __future__ import annotations
@@ -67,8 +69,15 @@ class MambaLayer(Mixer):
         u = F.silu(u)
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt = F.softplus(self.dt_proj(delta).float())
-        y, last = selective_scan(u, dt, -self.A_log.float().exp(), B, C, self.D, z, before[1], lengths)
-        return Output(self.out_proj(y), {"conv": tail.float(), "h": last} if "state" in want else None)
+        A = -self.A_log.float().exp()
+        y, last = selective_scan(u, dt, A, B, C, self.D, z, before[1], lengths)
+        after = {"conv": tail.to(torch.float32, copy=True), "h": last} if "state" in want else None
+        record = {"eigenvalues": torch.stack([A, torch.zeros_like(A)], -1), "dt": dt[..., None], "B": B, "C": C} if "record" in want else {}
+        return Output(self.out_proj(y), after, record=record)
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.dt_proj.bias
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         place = device or self.D.device

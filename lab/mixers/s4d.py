@@ -4,6 +4,8 @@
 
 B = batch, L = length, D = d_model, n = d_state / 2 conjugate pairs; complex numbers as pairs (..., 2).
 State: {"h": (B, D, n, 2)} float32. Then GELU, dropout, Linear(D -> 2D), GLU.
+Record: eigenvalues A (D, n, 2), dt (D, 1), kernel (1, D, L): y - D u for a unit impulse; bidirectional (2, D, L), the second for the tokens
+before it.
 """
 
 from __future__ import annotations
@@ -61,10 +63,15 @@ class S4DLayer(Mixer):
         nn.init.normal_(self.C, std=math.sqrt(0.5))
         nn.init.normal_(self.D)
 
+    def continuous(self) -> tuple[Tensor, Tensor]:
+        """A (D, n, 2) and dt (D, 1), float32."""
+        A = torch.stack([-self.log_A_re.float().exp(), self.A_im.float()], -1)
+        return A, (self.rate * self.log_dt.float().exp())[:, None]
+
     def discrete(self) -> tuple[Tensor, Tensor]:
         """w = dt A, and what a step takes of its input, (e^w - 1) / A; each (D, n, 2) float32."""
-        A = torch.stack([-self.log_A_re.float().exp(), self.A_im.float()], -1)
-        w = (self.rate * self.log_dt.float().exp())[:, None, None] * A
+        A, dt = self.continuous()
+        w = dt[..., None] * A
         return w, divide(expm1(w), A)
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
@@ -88,7 +95,11 @@ class S4DLayer(Mixer):
                     raise ValueError("S4DLayer: bidirectional=True reads the whole sequence, so it has no state and no step")
                 after = {"h": self.last_state(u, w, b, h0, lengths)}
         y = self.out(self.dropout(F.gelu(y)).to(x.dtype))
-        return Output(F.glu(y), after)
+        return Output(F.glu(y), after, record=self.record(x.shape[1]) if "record" in want else {})
+
+    def record(self, length: int) -> dict[str, Tensor]:
+        (A, dt), (w, b) = self.continuous(), self.discrete()
+        return {"eigenvalues": A, "dt": dt, "kernel": torch.stack([ssm_kernel(w, multiply(C, b), length) for C in self.C.float()])}
 
     def echo(self, h0: Tensor, w: Tensor, C: Tensor, length: int) -> Tensor:
         """What the state h0 (B, D, n, 2) adds to the outputs of the next `length` tokens, (B, length, D)."""
@@ -105,7 +116,11 @@ class S4DLayer(Mixer):
             inputs = (part[..., None, None] * b).flatten(2, 3)
             left = None if lengths is None else (lengths - i * CHUNK).clamp(0, part.shape[1])
             _, h = linear_recurrence(decay, inputs, h, left)
-        return h.unflatten(1, w.shape[:2])
+        return h.unflatten(1, w.shape[:2]).clone()  # not a view of the states of a whole chunk
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         if self.bidirectional:

@@ -4,6 +4,8 @@
 
 B = batch, L = length, D = d_model, P = d_state / 2 conjugate pairs of `blocks` blocks of HiPPO-LegS; complex numbers as pairs (..., 2).
 State: {"h": (B, P, 2)} float32.
+Record: eigenvalues A (1, P, 2), dt (1, P), kernel (1, D, L): y - D u of channel d for a unit impulse in channel d alone; bidirectional
+(2, D, L), the second for the tokens before it.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.layers.hippo import InitMethod, diagonal_legs, eigenvalues
+from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
 from lab.mixers.base import Mixer, Output, State
 from lab.mixers.s4d import reversed_rows
-from lab.ops import linear_recurrence
+from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
 
 
@@ -55,7 +57,7 @@ class S5Layer(Mixer):
     def reset_parameters(self) -> None:
         size, D = self.d_state // self.blocks, len(self.D)
         A = eigenvalues(self.init_method, size).repeat(self.blocks)
-        V = diagonal_legs(size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
+        V = diagonalise("legs", size).V  # real matrices of unit scale, seen in the eigenvectors' coordinates
         B = torch.randn(self.blocks, size, D, dtype=torch.float64) / math.sqrt(D)
         C = torch.randn(len(self.C), self.blocks, D, size, dtype=torch.float64) / math.sqrt(self.d_state)
         with torch.no_grad():
@@ -74,16 +76,37 @@ class S5Layer(Mixer):
                 raise ValueError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
             y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
         g = F.gelu(y + self.D.float() * u).to(x.dtype)
-        return Output(g * torch.sigmoid(self.gate(g)), {"h": last})
+        after = {"h": last.clone()} if "state" in want else None  # not a view of all states
+        return Output(g * torch.sigmoid(self.gate(g)), after, record=self.record(x.shape[1]) if "record" in want else {})
 
     def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
-        A = torch.stack([-self.log_A_re.float().exp().clamp(min=1e-4), self.A_im.float()], -1)  # (P, 2)
-        w = (self.rate * self.log_dt.float().exp())[:, None] * A
+        w, b = self.discrete()
         B = self.B.float()
         inputs = torch.stack([u @ B[..., 0].T, u @ B[..., 1].T], -1)  # (B, L, P, 2)
-        h, last = linear_recurrence(exp(w), multiply(divide(expm1(w), A), inputs), h0, lengths)
+        h, last = linear_recurrence(exp(w), multiply(b, inputs), h0, lengths)
         return 2 * (h[..., 0] @ C[..., 0].T - h[..., 1] @ C[..., 1].T), last
+
+    def continuous(self) -> tuple[Tensor, Tensor]:
+        """A (P, 2) and dt (P,), float32."""
+        A = torch.stack([-self.log_A_re.float().exp().clamp(min=1e-4), self.A_im.float()], -1)
+        return A, self.rate * self.log_dt.float().exp()
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """w = dt A, and what a step takes of B u, (e^w - 1) / A; each (P, 2) float32."""
+        A, dt = self.continuous()
+        w = dt[:, None] * A
+        return w, divide(expm1(w), A)
+
+    def record(self, length: int) -> dict[str, Tensor]:
+        (A, dt), (w, b) = self.continuous(), self.discrete()
+        into = multiply(b, self.B.float().transpose(0, 1))  # (D, P, 2)
+        kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in self.C.float()])
+        return {"eigenvalues": A[None], "dt": dt[None], "kernel": kernel}
+
+    @property
+    def time_step_bias(self) -> nn.Parameter:
+        return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         if self.bidirectional:

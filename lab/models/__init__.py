@@ -1,6 +1,7 @@
 """Models: tokens -> logits, through the one interface of `SequenceModel`."""
 
 from lab.models.base import SequenceModel, evaluating, initialise
+from lab.models.create import create_model
 from lab.models.stack import Block, Stack
 
-__all__ = ["Block", "SequenceModel", "Stack", "evaluating", "initialise"]
+__all__ = ["Block", "SequenceModel", "Stack", "create_model", "evaluating", "initialise"]

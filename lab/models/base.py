@@ -68,8 +68,10 @@ class SequenceModel(nn.Module, ABC):
         return out.y, out.state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token: (B,) or (B, 1) -> logits (B, V) and the next state. Pure: `state` can be continued again."""
-        out = self(token.reshape(-1, 1), state, want=("state",))
+        """One token: (B,) or (B, 1) -> logits (B, V) and the next state. Pure: `state` can be continued again. A model without a
+        vocabulary takes one vector, (B, D) or (B, 1, D)."""
+        one = token.reshape(len(token), 1, -1) if token.is_floating_point() else token.reshape(-1, 1)
+        out = self(one, state, want=("state",))
         return out.y[:, 0], out.state
 
     @overload

@@ -1,12 +1,13 @@
 """The trunk: token embedding, learned positions, n pre-norm blocks of a mixer and an MLP, final norm, untied head.
 
-With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT).
+With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT), with
+`lab.mixers.MambaLayer`, no MLP and RMS norms Mamba. Layers may have different mixers.
 B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lab.config.errors import hint
 from lab.layers import MLP, Embedding
 from lab.mixers.base import Mixer, Output, State, check_want
 from lab.models.base import SequenceModel
@@ -42,16 +44,19 @@ class Block(nn.Module):
 
 
 class Stack(SequenceModel):
-    """mixer: called as mixer(d_model=d_model) once per layer. d_ff: None means 4 d_model, 0 no MLP. dropout: on the embedding and both
+    """vocab_size: None for a model without embedding and head, which maps floats (B, L, D) to floats (B, L, D). mixer: called as
+    mixer(d_model=d_model) once per layer; a list of mixers is used in turn, and of mixers with names `pattern` says which one each layer
+    has; either repeats until n_layers, which must be a multiple. d_ff: None means 4 d_model, 0 no MLP. dropout: on the embedding and both
     branches of a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no
     limit. norm: "layer" or "rms". tied: the head shares its weights with the embedding, and has no bias."""
 
     def __init__(
         self,
-        vocab_size: int,
+        vocab_size: int | None,
         d_model: int,
         n_layers: int,
-        mixer: Callable[..., Mixer],
+        mixer: Callable[..., Mixer] | Sequence[Callable[..., Mixer]] | Mapping[str, Callable[..., Mixer]],
+        pattern: Sequence[str] | None = None,
         d_ff: int | None = None,
         dropout: float = 0.0,
         max_len: int | None = None,
@@ -68,17 +73,20 @@ class Stack(SequenceModel):
             raise ValueError(f"Stack: norm={norm!r}; expected layer or rms")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
+        if vocab_size is None and tied:
+            raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.max_len = max_len if position == "learned" else None
-        self.embedding = Embedding(vocab_size, d_model)
+        self.embedding = nn.Identity() if vocab_size is None else Embedding(vocab_size, d_model)
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
         self.dropout = nn.Dropout(dropout)
         d_ff = 4 * d_model if d_ff is None else d_ff
-        self.blocks = nn.ModuleList(Block(d_model, mixer(d_model=d_model), d_ff, dropout, norm) for _ in range(n_layers))
+        makes = per_layer(mixer, pattern, n_layers)
+        self.blocks = nn.ModuleList(Block(d_model, make(d_model=d_model), d_ff, dropout, norm) for make in makes)
         self.norm = NORMS[norm](d_model)
-        self.head = nn.Linear(d_model, vocab_size, bias=not tied)
+        self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight
-        self.loss_names = self.mixers[0].loss_names
+        self.loss_names = tuple(dict.fromkeys(name for layer in self.mixers for name in layer.loss_names))
 
     def forward(
         self,
@@ -108,7 +116,9 @@ class Stack(SequenceModel):
         return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
 
     def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
-        """tokens (B, L) -> (B, L, D)"""
+        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D)"""
+        if isinstance(self.embedding, nn.Identity) and (tokens.ndim != 3 or not tokens.is_floating_point()):
+            raise ValueError(f"Stack without vocab_size takes floats (B, L, d_model), got {tokens.dtype} {tuple(tokens.shape)}")
         x = self.embedding(tokens)
         if self.position is None:
             return x
@@ -129,22 +139,25 @@ class Stack(SequenceModel):
     def collect(
         self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
     ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
-        """The layers' outputs -> state, losses (mean over the layers), record (lists over the layers)."""
+        """The layers' outputs -> state, losses (means over the layers that have them), record (lists over all layers)."""
         after: State = None
         if "state" in want:
             start = 0 if state is None else state["position"]
-            new = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device, torch.long)
+            B, L = tokens.shape[:2]
+            new = torch.full((B,), L, device=tokens.device) if lengths is None else lengths.to(tokens.device, torch.long)
             after = {"position": start + new, "layers": [out.state for out in outputs]}
-        losses = {name: torch.stack([out.losses[name] for out in outputs]).mean() for name in outputs[0].losses}
-        record = {name: [out.record[name] for out in outputs] for name in outputs[0].record}
-        return after, losses, record
+        losses = {
+            name: torch.stack([loss for loss in of_layers if loss is not None]).mean()
+            for name, of_layers in gathered([out.losses for out in outputs]).items()
+        }
+        return after, losses, gathered([out.record for out in outputs])
 
     def init_state(
         self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
         if source is not None:
             raise ValueError("Stack is a decoder without cross-attention: it takes no source")
-        position = torch.zeros(batch_size, dtype=torch.long, device=device or self.head.weight.device)
+        position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)
         return {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
 
     def reserve(self, state: State, n: int) -> State:
@@ -156,4 +169,30 @@ class Stack(SequenceModel):
         return [cast(Mixer, block.mixer) for block in self.blocks]
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.mixers[0].derived_metrics(losses)
+        return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
+
+
+def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:
+    """What makes the mixer of each layer, from the arguments of Stack."""
+    what = "mixer"
+    if isinstance(mixer, Mapping):
+        what = "pattern"
+        if pattern is None:
+            raise ValueError(f"Stack: pattern is missing; it says which of {', '.join(mixer)} each layer has, such as {list(mixer)}")
+        for name in pattern:
+            if name not in mixer:
+                raise ValueError(f"Stack: pattern has {name}, but there is no mixer of that name{hint(name, mixer)}")
+        makes = [mixer[name] for name in pattern]
+    elif pattern is not None:
+        raise ValueError("Stack: pattern chooses among mixers that have names, and here mixer has none")
+    else:
+        makes = list(mixer) if isinstance(mixer, Sequence) else [mixer]
+    if not makes or n_layers % len(makes):
+        raise ValueError(f"Stack: n_layers={n_layers} must be a multiple of the length of {what}, {len(makes)}, which repeats")
+    return makes * (n_layers // len(makes))
+
+
+def gathered(of_layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values of each name, a list over the layers, None for one that has no such value."""
+    names = dict.fromkeys(name for one in of_layers for name in one)
+    return {name: [one.get(name) for one in of_layers] for name in names}

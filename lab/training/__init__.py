@@ -19,6 +19,7 @@ _HOME = {
     "Run": "run",
     "RunError": "run",
     "Settings": "settings",
+    "StateSpaces": "monitoring",
     "TensorBoard": "loggers",
     "Wandb": "loggers",
     "evaluate_run": "evaluate",

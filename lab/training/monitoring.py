@@ -3,9 +3,9 @@ at the end.
 
 It changes nothing: a pass of its own in eval mode, without gradients, uncompiled, with every random state put back; the first rank alone
 does it. The weights are those being trained, not their average (`trainer.ema`). A model that does not record what a callback shows is
-asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, others may record neither.
-Callbacks that look at the same rows in the same step share one pass. It holds the attention weights of all layers, 4 bytes x rows x heads x
-layers x length squared; where that would be more than LIMIT, it looks at fewer rows, and then at fewer tokens, and says so.
+asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, S4D, S5 and Mamba state spaces.
+Callbacks that look at the same rows in the same step share one pass. It holds what all layers record, attention weights 4 bytes x rows x
+heads x layers x length squared; where that would be more than LIMIT, it looks at fewer rows, and then at fewer tokens, and says so.
 
 The names begin with watch_, so that TensorBoard, which sorts its groups, shows train and val first.
 """
@@ -22,19 +22,21 @@ from torch import Tensor
 
 from lab.analysis.snapshots import snapshot_steps, write_snapshot
 from lab.models import evaluating
-from lab.tasks import Batch
+from lab.tasks import Batch, Task
 from lab.training.checkpoint import keep_random_states
 from lab.training.loggers import log_figure, log_histograms
 
-Record = Mapping[str, list[Tensor]]  # by name, a tensor for each layer
-LIMIT = 1 << 28  # bytes of attention weights in one pass
+Record = Mapping[str, list[Tensor | None]]  # by name, a tensor for each layer, None where the layer does not record it
+LIMIT = 1 << 28  # bytes of one pass's record, of what grows with the length
 PROBE = 16  # tokens of the first pass, on one row, which shows what a model records
+CHANNELS = 16  # of each state space in a snapshot, evenly spaced in the order of their dt
+TOKENS = 512  # of the first row in a snapshot of state spaces; as many lags of a kernel
 
 
 class Monitor(pl.Callback):
     """The common part: when to look, and how to look without a trace. interval: optimiser steps; null: never. samples: rows."""
 
-    kind: Literal["phases", "attention"]
+    kind: Literal["phases", "attention", "state_spaces"]
     needs: frozenset[str]  # the names in the record without which there is nothing to show
 
     def __init__(self, interval: int | None = 200, samples: int = 4) -> None:
@@ -63,7 +65,7 @@ class Monitor(pl.Callback):
         step = trainer.global_step
         return self.interval is not None and self.looked != step and (step % self.interval == 0 or step == trainer.max_steps)
 
-    def show(self, trainer: pl.Trainer, prompt_len: int, record: Record) -> None:
+    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
         raise NotImplementedError
 
     def lengths(self) -> Tensor:
@@ -71,6 +73,11 @@ class Monitor(pl.Callback):
         assert self.batch is not None
         B, L = self.batch.inputs.shape
         return torch.full((B,), L) if self.batch.lengths is None else self.batch.lengths.cpu()
+
+    def real(self) -> Tensor:
+        """(B, L) where a token is no padding"""
+        assert self.batch is not None
+        return torch.arange(self.batch.inputs.shape[1]) < self.lengths()[:, None]
 
 
 def look(trainer: pl.Trainer, module: Any, first: Monitor) -> None:
@@ -91,7 +98,7 @@ def look(trainer: pl.Trainer, module: Any, first: Monitor) -> None:
         record = record_of(trainer, module.model, first.batch)
         for monitor in due:
             monitor.looked = trainer.global_step
-            monitor.show(trainer, module.task.prompt_len or 0, record)
+            monitor.show(trainer, module.task, record)
 
 
 def rows_to_watch(trainer: pl.Trainer, module: Any, samples: int) -> tuple[Batch, frozenset[str]]:
@@ -100,23 +107,33 @@ def rows_to_watch(trainer: pl.Trainer, module: Any, samples: int) -> tuple[Batch
     batch = split.batch(range(min(samples, len(split)))).to(module.device)
     B, L = batch.inputs.shape
     probe = record_of(trainer, module.model, batch._replace(inputs=batch.inputs[:1, :PROBE], lengths=None))
-    of_a_row = sum(4 * weights.numel() for weights in probe.get("attention", [])) * (L / min(L, PROBE)) ** 2  # bytes
-    if B * of_a_row > LIMIT:
-        B = max(1, int(LIMIT / of_a_row))
-        n = max(1, int(L * min(1, LIMIT / of_a_row) ** 0.5))
-        print(
-            f"monitoring looks at {B} of {len(batch.inputs)} rows, {n:,} of their {L:,} tokens: attention weights take memory", flush=True
-        )
+    longer = L / min(L, PROBE)
+    pairs = longer**2 * bytes_of(probe, "attention")  # of a row
+    each = longer * bytes_of(probe, "dt", "kernel")
+    if B * (pairs + each) > LIMIT:
+        B = max(1, int(LIMIT / (pairs + each)))
+        share = 2 * LIMIT / (each + (each**2 + 4 * pairs * LIMIT) ** 0.5)  # pairs share^2 + each share = LIMIT
+        n = max(1, int(L * min(1, share)))
+        print(f"monitoring looks at {B} of {len(batch.inputs)} rows, {n:,} of their {L:,} tokens: what it sees takes memory", flush=True)
         lengths = None if batch.lengths is None else batch.lengths[:B].clamp(max=n)
         batch = batch._replace(inputs=batch.inputs[:B, :n], lengths=lengths)
     return batch, frozenset(probe)
+
+
+def bytes_of(record: Record, *names: str) -> int:
+    return sum(4 * layer.numel() for name in names for layer in record.get(name, []) if layer is not None)
 
 
 def record_of(trainer: pl.Trainer, model: Any, batch: Batch) -> Record:
     """The record as float32 on the CPU."""
     with evaluating(model), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         record = model(batch.inputs, lengths=batch.lengths, want=("record",)).record
-    return {name: [layer.detach().float().cpu() for layer in layers] for name, layers in record.items()}
+    return {name: [None if layer is None else layer.detach().float().cpu() for layer in layers] for name, layers in record.items()}
+
+
+def layers_of(record: Record, name: str) -> dict[int, Tensor]:
+    """The layers that record it, by number."""
+    return {i: layer for i, layer in enumerate(record[name]) if layer is not None}
 
 
 class Phases(Monitor):
@@ -128,27 +145,28 @@ class Phases(Monitor):
     kind = "phases"
     needs = frozenset(("theta", "omega", "kappa", "sync_order"))
 
-    def show(self, trainer: pl.Trainer, prompt_len: int, record: Record) -> None:
+    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
         from lab.analysis.plots import delimiter_wave
 
         assert self.batch is not None
-        step, loggers, lengths = trainer.global_step, trainer.loggers, self.lengths()
-        real = torch.arange(self.batch.inputs.shape[1]) < lengths[:, None]  # (B, L)
+        step, loggers, real = trainer.global_step, trainer.loggers, self.real()
+        theta, omega, kappa, order = (layers_of(record, name) for name in ("theta", "omega", "kappa", "sync_order"))
         arrays = {
             "tokens": self.batch.inputs.cpu().numpy(),
-            "lengths": lengths.numpy(),
-            "prompt_len": np.int64(prompt_len),
-            "theta": stacked(record["theta"]),
-            "omega": stacked(record["omega"]),
-            "kappa": stacked(record["kappa"]),
-            "r": stacked(record["sync_order"]),
+            "lengths": self.lengths().numpy(),
+            "prompt_len": np.int64(task.prompt_len or 0),
+            "theta": stacked(list(theta.values())),
+            "omega": stacked(list(omega.values())),
+            "kappa": stacked(list(kappa.values())),
+            "r": stacked(list(order.values())),
+            "layers": np.array(list(theta)),
         }
         write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
-        scalars = {f"watch_phases/sync_order_layer_{i}": float(r[real].mean()) for i, r in enumerate(record["sync_order"])}
+        scalars = {f"watch_phases/sync_order_layer_{i}": float(r[real].mean()) for i, r in order.items()}
         for logger in loggers:
             logger.log_metrics(scalars, step)
-        names = ("theta", "omega", "kappa")
-        log_histograms(loggers, {f"watch_phases/{name}_layer_{i}": x for name in names for i, x in enumerate(record[name])}, step)
+        shown = {"theta": theta, "omega": omega, "kappa": kappa}
+        log_histograms(loggers, {f"watch_phases/{name}_layer_{i}": x for name, of in shown.items() for i, x in of.items()}, step)
         log_figure(loggers, "watch_phases/delimiter_wave", lambda: delimiter_wave(arrays | {"step": np.int64(step)}), step)
 
 
@@ -166,30 +184,123 @@ class Attention(Monitor):
         super().__init__(interval, samples)
         self.maps = maps
 
-    def show(self, trainer: pl.Trainer, prompt_len: int, record: Record) -> None:
+    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
         assert self.batch is not None
-        step, loggers, lengths = trainer.global_step, trainer.loggers, self.lengths()
-        real = torch.arange(self.batch.inputs.shape[1]) < lengths[:, None]  # (B, L)
-        entropies = [torch.special.entr(weights).sum(-1).movedim(1, -1)[real] for weights in record["attention"]]  # (tokens, H)
+        step, loggers, real = trainer.global_step, trainer.loggers, self.real()
+        maps = layers_of(record, "attention")
+        entropies = {i: torch.special.entr(weights).sum(-1).movedim(1, -1)[real] for i, weights in maps.items()}  # (tokens, H)
         scalars = {
             f"watch_attention/entropy_layer_{i}_head_{h}": value
-            for i, entropy in enumerate(entropies)
+            for i, entropy in entropies.items()
             for h, value in enumerate(entropy.mean(0).tolist())
         }
         for logger in loggers:
             logger.log_metrics(scalars, step)
-        log_histograms(loggers, {f"watch_attention/entropy_layer_{i}": entropy for i, entropy in enumerate(entropies)}, step)
+        log_histograms(loggers, {f"watch_attention/entropy_layer_{i}": entropy for i, entropy in entropies.items()}, step)
         if self.maps:
             from lab.analysis.plots import attention_maps
 
-            n = int(lengths[0])
+            n = int(self.lengths()[0])
             arrays = {
                 "tokens": self.batch.inputs[0, :n].cpu().numpy(),
-                "prompt_len": np.int64(prompt_len),
-                "attention": stacked([weights[0, :, :n, :n] for weights in record["attention"]]).astype(np.float16),
+                "prompt_len": np.int64(task.prompt_len or 0),
+                "attention": stacked([weights[0, :, :n, :n] for weights in maps.values()]).astype(np.float16),
+                "layers": np.array(list(maps)),
             }
             write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
             log_figure(loggers, "watch_attention/maps", lambda: attention_maps(arrays | {"step": np.int64(step)}), step)
+
+
+class StateSpaces(Monitor):
+    """State spaces, of layers that record their eigenvalues A and time steps dt: S4D, S5, Mamba. RUN/state_spaces/ holds a snapshot of each
+    look (lab/analysis/snapshots.py).
+
+    To the loggers, per layer: the median dt; the largest |e^{dt A}|; the shortest and the longest memory of a state, -1 / (dt Re A) tokens;
+    a histogram of log10 dt; and the pictures of lab/analysis/state_space_plots.py. Where dt depends on the token (Mamba), these take A at
+    each channel's median dt over real tokens, and dt_spread is the standard deviation of ln dt over them, mean over channels: 0 for a layer
+    that treats all tokens alike.
+    """
+
+    kind = "state_spaces"
+    needs = frozenset(("eigenvalues", "dt"))
+
+    def __init__(self, interval: int | None = 500, samples: int = 4) -> None:
+        super().__init__(interval, samples)
+
+    def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
+        assert self.batch is not None
+        step, loggers, real = trainer.global_step, trainer.loggers, self.real()
+        tokens = self.batch.inputs[0, : min(int(self.lengths()[0]), TOKENS)].tolist()
+        spaces = {i: state_space(record, i, real, len(tokens)) for i in layers_of(record, "eigenvalues") if is_whole(record, i)}
+        if not spaces:
+            return
+        arrays: dict[str, Any] = {
+            "tokens": np.array(tokens),
+            "labels": np.array([task.decode([token]) if task.text else str(token) for token in tokens]),
+            "text": np.bool_(task.text),
+            "prompt_len": np.int64(task.prompt_len or 0),
+            "layers": np.array(list(spaces)),
+        }
+        arrays |= {f"{name}_{i}": array for i, (_, stored, _) in spaces.items() for name, array in stored.items()}
+        write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
+        scalars = {f"watch_state_spaces/{name}_layer_{i}": value for i, (values, _, _) in spaces.items() for name, value in values.items()}
+        for logger in loggers:
+            logger.log_metrics(scalars, step)
+        log_histograms(loggers, {f"watch_state_spaces/log10_dt_layer_{i}": log_dt for i, (_, _, log_dt) in spaces.items()}, step)
+
+        from lab.analysis import state_space_plots as draw
+
+        arrays["step"] = np.int64(step)
+        log_figure(loggers, "watch_state_spaces/spectrum", lambda: draw.spectrum(arrays), step)
+        log_figure(loggers, "watch_state_spaces/dt", lambda: draw.time_steps(arrays), step)
+        log_figure(loggers, "watch_state_spaces/responses", lambda: draw.responses(arrays), step)
+        if any("token_dt" in stored for _, stored, _ in spaces.values()):
+            log_figure(loggers, "watch_state_spaces/selectivity", lambda: draw.selectivity(arrays), step)
+
+
+def is_whole(record: Record, i: int) -> bool:
+    """Whether layer i records all that there is to show of a state space. Weights that are not finite end the training elsewhere."""
+    dt = record["dt"][i]
+    names = ("eigenvalues", "dt", *(("B", "C") if dt is not None and dt.ndim == 4 else ("kernel",)))
+    found = [record[name][i] for name in names if name in record]
+    return len(found) == len(names) and all(layer is not None and bool(layer.isfinite().all()) for layer in found)
+
+
+def state_space(record: Record, i: int, real: Tensor, n: int) -> tuple[dict[str, float], dict[str, np.ndarray], Tensor]:
+    """Layer i, its scalars, its part of a snapshot, log10 of all its dt. real: (B, L). n: tokens of the first row in a snapshot."""
+    from lab.analysis.state_spaces import DT_EDGES, memory
+
+    A, dt = layers_of(record, "eigenvalues")[i], layers_of(record, "dt")[i]
+    selective = dt.ndim == 4  # (B, L, c, 1), of each token
+    every = (dt[real] if selective else dt).clamp(min=10 ** DT_EDGES[0])
+    typical = every.median(0).values if selective else every  # (c, 1) or (1, n)
+    kept = memory(A.numpy(), typical.numpy())
+    log_dt = every.log10().flatten()
+    some = evenly(typical[:, 0].argsort())
+    scalars = {
+        "median_dt": float(every.median()),
+        "largest_eigenvalue": float(np.exp(-1 / kept).max()),
+        "shortest_memory": float(kept.min()),
+        "longest_memory": float(kept.max()),
+    }
+    arrays = {
+        "eigenvalues": A[some].numpy(),
+        "dt": typical[some].numpy(),
+        "dt_counts": np.histogram(log_dt.clamp(max=DT_EDGES[-1]), DT_EDGES)[0],
+    }
+    if selective:
+        scalars["dt_spread"] = float(every.log().std(0, correction=0).mean())
+        arrays |= {"token_dt": dt[0, :n, some, 0].numpy()} | {name: layers_of(record, name)[i][0, :n].numpy() for name in ("B", "C")}
+    else:
+        kernel = layers_of(record, "kernel")[i][..., :n]  # (1 or 2, channels, n)
+        some = some if len(A) == kernel.shape[1] else evenly(torch.arange(kernel.shape[1]))  # S5: its channels share all states
+        arrays["kernel"] = kernel[:, some].numpy()
+    return scalars, arrays | {"channels": some.numpy()}, log_dt
+
+
+def evenly(ordered: Tensor) -> Tensor:
+    """At most CHANNELS of its elements, the first and the last among them."""
+    return ordered[torch.linspace(0, len(ordered) - 1, min(len(ordered), CHANNELS)).round().long()]
 
 
 def stacked(layers: list[Tensor]) -> np.ndarray:
