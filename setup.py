@@ -1,4 +1,4 @@
-"""The native build: csrc/cpu as one plain shared library per instruction set, without torch's or Python's headers.
+"""The native build: csrc/cpu as one plain shared library per instruction set, by the one compiler call of lab/compiler.py.
 
 Everything else stands in pyproject.toml. Without a C++ compiler the install succeeds, and the ops run in PyTorch.
 """
@@ -6,8 +6,7 @@ Everything else stands in pyproject.toml. Without a C++ compiler the install suc
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,29 +15,21 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Icsrc/include"]
-MACHINES = {  # instruction set -> what the compiler is told; the best one that the processor has is loaded
-    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "x86_64_v3": ["-march=x86-64-v3"],
-    "x86_64": ["-march=x86-64"],
-}
+sys.path.insert(0, str(ROOT))  # pip builds without the current folder on the path
+from lab.compiler import LEVELS, NoLibrary, compile_library, digest, own_sources  # noqa: E402
 
 
 def extensions() -> list[Extension]:
-    machines = MACHINES if platform.machine() in ("x86_64", "AMD64") else {platform.machine(): []}
-    openmp = ["-fopenmp"] if platform.system() == "Linux" else []  # elsewhere the kernels run on one thread
-    sources = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    headers = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc" / "include").glob("*.h"))
-    return [
-        Extension(f"lab.ops.cpu_{name}", sources, depends=headers, extra_compile_args=FLAGS + march + openmp, optional=True)
-        for name, march in machines.items()
-    ]
+    files = [str(file.relative_to(ROOT)) for file in own_sources(ROOT)]
+    sources, headers = ([file for file in files if file.endswith(ending)] for ending in (".cpp", ".h"))
+    return [Extension(f"lab.ops.cpu_{level}", sources, depends=headers, optional=True) for level in LEVELS]
 
 
 class PlainLibraries(build_ext):
     """One compiler call for each library. ctypes loads them, so their names carry no Python version and they export no module.
 
-    An older library goes first: a build that fails must not leave it behind, to be loaded with today's Python code.
+    Every build compiles all of it, and an older library goes first: one that a build leaves behind, because it fails or takes the
+    library for up to date, would be loaded with today's Python code.
     """
 
     def finalize_options(self) -> None:
@@ -55,14 +46,11 @@ class PlainLibraries(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        command = [os.environ.get("CXX") or "c++", *ext.extra_compile_args, *ext.sources, "-o", str(target)]
+        options = ["-Icsrc/include", "-fvisibility=hidden", f'-DLAB_SOURCES="{digest(own_sources(ROOT))}"']
         try:
-            subprocess.run(command, check=True, cwd=ROOT)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"{ext.name} is not built: {error}") from error
+            compile_library(ext.sources, Path(self.get_ext_fullpath(ext.name)).absolute(), ext.name.partition("cpu_")[2], options, cwd=ROOT)
+        except NoLibrary as error:
+            raise CompileError(f"{ext.name} is not built, its ops will run in PyTorch: {error}") from error
 
 
 class AnyPython(bdist_wheel):

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,15 +104,6 @@ def mebibytes(file: str, key: str) -> float:
     return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) / 1024
 
 
-def use_allocator(name: str) -> None:
-    """reuse: glibc keeps the memory of freed tensors. By default it maps and unmaps every large one, and each page costs 2 us again."""
-    if name == "reuse":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            if not libc.mallopt(option, ctypes.c_int(value)):
-                raise SystemExit("mallopt refused: --allocator reuse needs glibc")
-
-
 def missing(error: ModuleNotFoundError) -> str:
     """What a row says instead of figures."""
     name = (error.name or "").split(".")[0]
@@ -140,15 +132,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def with_allocator(name: str, threads: int, measure: Callable[[str], dict[str, list[Row]]]) -> dict[str, list[Row]]:
-    """The rows of one allocator, or of both, each in a process of its own."""
+    """The rows of one allocator, or of both, each in a process of its own; reuse: freed memory stays
+    (lab/memory.py)."""
     import torch
+
+    from lab.memory import reusing_memory, why_not_reuse
 
     if name == "both":
         parts = [in_child(lambda name=name: with_allocator(name, threads, measure)) for name in ALLOCATORS]
         return {key: [row for part in parts for row in part[key]] for key in parts[0]}
-    use_allocator(name)
+    if name == "reuse" and why_not_reuse():
+        raise SystemExit(why_not_reuse())
     torch.set_num_threads(threads)
-    return measure(name)
+    with reusing_memory() if name == "reuse" else nullcontext():
+        return measure(name)
 
 
 def report(lists: dict[str, list[Row]], threads: int) -> dict[str, Any]:

@@ -299,8 +299,9 @@ def test_the_hash_of_a_config_stays_what_it_is():
     "same",
     [
         {"trainer__devices": 4}, {"trainer__accelerator": "gpu"}, {"trainer__strategy": "ddp"}, {"trainer__num_workers": 3},
-        {"trainer__log_every": 3}, {"trainer__checkpoint_every": 3}, {"logger": None}, {"callbacks__bar": None},
-        {"callbacks__bar__every": 7}, {"run_dir": "x"}, {"resume": "x"}, {"fresh": True}, {"seed": 1.0}, {"callbacks": {}},
+        {"trainer__reuse_memory": True}, {"trainer__log_every": 3}, {"trainer__checkpoint_every": 3}, {"logger": None},
+        {"callbacks__bar": None}, {"callbacks__bar__every": 7}, {"run_dir": "x"}, {"resume": "x"}, {"fresh": True},
+        {"seed": 1.0}, {"callbacks": {}},
     ],
 )  # fmt: skip
 def test_the_same_experiment(same):

@@ -1,8 +1,8 @@
 """README.md and the pages in docs/ do what they say: the files in them are written, their commands and programs run, in an empty folder.
 
-A block ```bash holds commands, one to a line; ```python or ```yaml a file, if its first line is a comment with a name, else a program.
-A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run elsewhere.
-The trainings of the pages in docs/models/ are composed and checked only: the README's show that such a command trains.
+A block ```bash holds commands, one to a line; ```python, ```yaml or ```cpp a file, if its first line is a comment with a name, else a
+program. A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run
+elsewhere. The trainings of the pages in docs/models/ are composed and checked only: the README's show that such a command trains.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Block(NamedTuple):
 
 def blocks(document: Path) -> list[Block]:
     found = []
-    pattern = r"^```(bash|python|yaml)\n(.*?)^```|^<!-- before: (.*?) -->"
+    pattern = r"^```(bash|python|yaml|cpp)\n(.*?)^```|^<!-- before: (.*?) -->"
     for kind, text, before in re.findall(pattern, document.read_text(), re.MULTILINE | re.DOTALL):
-        name = re.match(r"(?:# @package.*\n)?# (\S+\.(?:py|yaml))\n", text)
+        name = re.match(r"(?:# @package.*\n)?(?:#|//) (\S+\.(?:py|yaml|cpp))\n", text)
         found.append(Block(kind or "bash", text or before, name[1] if name else None))
     return found
 
@@ -90,7 +90,7 @@ def run(block: Block, folder: Path, command, capsys, of_a_model: bool) -> None:
         if "exact match, decoded greedily" in block.text:
             assert float(printed.split()[-1]) > 0.5  # it learns, in 300 steps
     else:
-        raise AssertionError(f"a block of YAML without the name of its file:\n{block.text}")
+        raise AssertionError(f"a block of YAML or C++ without the name of its file:\n{block.text}")
 
 
 def test_there_is_something_to_run():

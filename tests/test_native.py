@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from lab import compiler, ops
 from lab.mixers import MambaLayer
-from lab.ops import linear_recurrence, native, selective_scan, use
+from lab.ops import native, selective_scan, use
 
 ROOT = Path(__file__).parents[1]
-built = pytest.mark.skipif(native.LIBRARY is None, reason="the C++ kernels are not built: there was no compiler")
+built = pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
 
 
 def inputs(B=2, L=40, D=70, N=4):
@@ -32,6 +38,13 @@ def test_a_call_refuses_a_tensor_that_it_cannot_read(wrong):
     good = torch.zeros(1, 4, 1)
     with pytest.raises(ValueError, match="linear_recurrence: argument 1 must be a contiguous torch.float32 tensor on the CPU"):
         native.call("linear_recurrence", torch.float32, good, wrong, None, good, 1, 1, 4, 1)
+
+
+@built
+def test_a_call_refuses_a_conjugate_that_is_only_marked_as_one():
+    good = torch.zeros(1, 4, 1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="linear_recurrence: argument 1 must be a contiguous torch.complex64 tensor"):
+        native.call("linear_recurrence", torch.complex64, good, good.conj(), None, good, 1, 1, 4, 2)
 
 
 @built
@@ -82,32 +95,6 @@ def test_a_forked_process_computes_after_its_parent_has():
         torch.set_num_threads(before)
 
 
-@built
-@pytest.mark.parametrize("level", native.LEVELS)
-def test_every_instruction_set_that_this_processor_has_agrees(level, monkeypatch):
-    if not native.LEVELS[level] <= native.cpu_flags():
-        pytest.skip(f"this processor has no {level}")
-    want = [
-        selective_scan(*inputs())[0],
-        linear_recurrence(torch.rand(2, 9, 21, generator=torch.Generator().manual_seed(1)), torch.ones(2, 9, 21))[0],
-    ]
-    code = (
-        "import ctypes, torch; from lab.ops import linear_recurrence, native, selective_scan; from test_native import inputs\n"
-        f"native.LIBRARY = ctypes.CDLL(str(native.FOLDER / 'cpu_{level}.so')); native.VECTOR_BYTES = native.LIBRARY.vector_bytes()\n"
-        "a = torch.rand(2, 9, 21, generator=torch.Generator().manual_seed(1))\n"
-        "torch.save([selective_scan(*inputs())[0], linear_recurrence(a, torch.ones(2, 9, 21))[0]], 'out.pt')"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
-    for got, expected in zip(torch.load("out.pt", weights_only=True), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def test_without_the_library_the_torch_backend_computes(monkeypatch, caplog):
     args = inputs()
     want, _ = selective_scan(*args)
@@ -119,13 +106,179 @@ def test_without_the_library_the_torch_backend_computes(monkeypatch, caplog):
         selective_scan(*args)
 
 
-@built
-def test_operators_pass_opcheck_and_compile_in_one_graph():
-    from lab.ops.linear_recurrence import forward_op
+# What every op with a native backend keeps to, on its own small example.
 
-    a, x, h0 = torch.rand(2, 9, 5), torch.randn(2, 9, 5), torch.randn(2, 5)
-    for backend in ("native", "torch"):
-        torch.library.opcheck(forward_op, (a.requires_grad_(), x.requires_grad_(), h0.requires_grad_(), backend))
-    layer = MambaLayer(16, d_state=4)
-    x = torch.randn(2, 12, 16)
+NATIVE = [op for op in ops.every() if "native" in ops.ops()[op.name]]
+every_native_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
+
+
+def example(op) -> list:
+    torch.manual_seed(0)
+    return [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in op.example()]
+
+
+def results(op, args) -> list[torch.Tensor]:
+    """What it returns, and the gradients of all of it."""
+    out = op(*args)
+    out = [out] if isinstance(out, torch.Tensor) else list(out)
+    wanted = [t for t in args if isinstance(t, torch.Tensor)]
+    return [*out, *torch.autograd.grad(sum((y * y).sum() for y in out), wanted, materialize_grads=True)]
+
+
+def same(got, want) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def native_only():
+    with use("native"):
+        yield
+
+
+@built
+@every_native_op
+@pytest.mark.parametrize("level", compiler.LEVELS)
+def test_every_instruction_set_that_this_processor_has_agrees(op, level, native_only, monkeypatch):
+    if level not in compiler.levels_here():
+        pytest.skip(f"this processor has no {level}")
+    args = example(op)
+    want = results(op, args)
+    native.function.cache_clear()
+    try:
+        monkeypatch.setattr(native, "LIBRARY", ctypes.CDLL(str(native.FOLDER / f"cpu_{level}.so")))
+        monkeypatch.setattr(native, "VECTOR_BYTES", native.LIBRARY.vector_bytes())
+        for got, expected in zip(results(op, args), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    finally:
+        native.function.cache_clear()
+
+
+@built
+@every_native_op
+def test_layouts_do_not_matter(op, native_only):
+    args = example(op)
+    want = results(op, args)
+    strided = [t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() if isinstance(t, torch.Tensor) else t for t in args]
+    assert not any(t.is_contiguous() for t in strided if isinstance(t, torch.Tensor)) and same(results(op, strided), want)
+    rows = [t.detach()[:1] if isinstance(t, torch.Tensor) and t.ndim > 1 else t for t in args]
+    expanded = [t.expand_as(full) if isinstance(t, torch.Tensor) else t for t, full in zip(rows, args, strict=True)]
+    copied = [t.clone(memory_format=torch.contiguous_format) if isinstance(t, torch.Tensor) else t for t in expanded]
+    with torch.no_grad():
+        got, want = op(*expanded), op(*copied)
+    assert same(*([out] if isinstance(out, torch.Tensor) else out for out in (got, want)))
+
+
+@built
+@every_native_op
+def test_results_and_gradients_are_bit_equal_at_any_number_of_threads(op, native_only):
+    args, before, by_threads = example(op), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            by_threads.append(results(op, args))
+    finally:
+        torch.set_num_threads(before)
+    assert same(by_threads[1], by_threads[0]) and same(by_threads[2], by_threads[0])
+
+
+@built
+@every_native_op
+def test_everything_that_is_returned_has_been_written(op, native_only):
+    args = example(op)
+    want = results(op, args)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        assert same(results(op, args), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Record(TorchDispatchMode):
+    """The operators of lab that ran, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lab":
+            self.calls.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+@built
+@every_native_op
+def test_opcheck_of_the_operator_and_of_its_gradient(op, native_only):
+    with Record() as record:
+        results(op, example(op))
+    assert len(record.calls) == 2, "the backward pass is an operator too"
+    for i, (operator, args) in enumerate(record.calls.items()):
+        given = pytree.tree_map_only(torch.Tensor, lambda t, first=not i: t.detach().clone().requires_grad_(first), args)
+        torch.library.opcheck(operator, given)
+
+
+@built
+@every_native_op
+def test_compiled_checkpointed_and_under_autocast_it_is_the_same(op, native_only):
+    args = example(op)
+    want = results(op, args)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for call in (compiled, partial(checkpoint, op, use_reentrant=False)):
+        for a, b in zip(results(call, args), want, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(results(op, args), want)
+
+
+@built
+@every_native_op
+def test_a_second_backward_raises(op, native_only):
+    args = example(op)
+    out = op(*args)
+    first = out if isinstance(out, torch.Tensor) else out[0]
+    (grad,) = torch.autograd.grad((first * first).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op.name}: .*no second derivative"):
+        grad.sum().backward()
+
+
+class Scanned(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return selective_scan(*inputs())[0].sum() + i
+
+
+@built
+def test_forked_loader_workers_compute_after_their_parent_has():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = selective_scan(*inputs())[0].sum()
+        loader = torch.utils.data.DataLoader(Scanned(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
+        assert torch.equal(torch.cat(list(loader)), want + torch.arange(4))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_module_that_is_read_again_registers_again():
+    code = (
+        "import importlib, torch, warnings; from lab import ops; warnings.simplefilter('error')\n"
+        "for name in ops.ops():\n"
+        "    importlib.reload(importlib.import_module(f'lab.ops.{name}'))\n"
+        "for op in ops.every():\n"
+        "    args = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in op.example()]\n"
+        "    y = op(*args); (y if isinstance(y, torch.Tensor) else y[0]).sum().backward()\n"
+        "    assert args[0].grad is not None and ops.used()[op.name]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_a_layer_compiles_in_one_graph():
+    layer, x = MambaLayer(16, d_state=4), torch.randn(2, 12, 16)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))

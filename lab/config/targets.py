@@ -13,7 +13,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from lab.config.errors import ConfigError, hint
+from lab.config.errors import ConfigError, MistakeError, hint
 from lab.config.interpolation import resolve
 from lab.config.tree import dotted, places
 
@@ -56,6 +56,22 @@ def refuse_untrusted(config: Any, trust: list[str]) -> None:
             prefix = str(target).partition(".")[0]
             right = f"of lab only the classes of {', '.join(HOMES)}" if prefix == "lab" else f"if you trust it, add --trust {prefix}"
             raise ConfigError(f"{dotted(path)}: a config that was loaded may not call {target}; {right}")
+
+
+def own_backend(op: str, name: str, trust: list[str] | None) -> Any:
+    """The `lab.ops.backend.Backend` that `ops.OP=module.NAME` means. trust: as for `build`. MistakeError where it is none."""
+    from lab.ops.backend import Backend  # imports torch
+
+    key = ("ops", op)
+    if trust is not None and not _has_prefix(name, trust):
+        raise MistakeError(key, f"a config that was loaded may not import {name}; if you trust it, add --trust {name.partition('.')[0]}")
+    try:
+        found = locate(name)
+    except ConfigError as error:
+        raise MistakeError(key, str(error)) from None
+    if not isinstance(found, Backend):
+        raise MistakeError(key, f"{name} must be a lab.ops.backend.Backend; it is of type {type(found).__name__}")
+    return found
 
 
 def _is_allowed(target: Any, trust: list[str]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from lab.config.annotations import advice, alternatives, argument_types, expected, is_subclass, kind, shown, split
 from lab.config.composition import Composed
 from lab.config.errors import ConfigError, MistakeError, hint, nearest
-from lab.config.targets import locate, refuse_untrusted
+from lab.config.targets import locate, own_backend, refuse_untrusted
 from lab.config.tree import Key, dotted, lookup, misplaced
 
 Config: TypeAlias = Composed | Mapping[str, Any]
@@ -49,7 +49,7 @@ def _check(config: Config, root: Root, trust: list[str] | None, late: bool) -> N
         refuse_untrusted(tree, trust)
     with saying_where:
         try:
-            _check_root(tree, root, late)
+            _check_root(tree, root, trust, late)
         except UnknownNameError as mistake:
             raise MistakeError(mistake.key, mistake.problem + mistake.meant(tree), mistake.culprit) from None
         except MistakeError as mistake:
@@ -79,7 +79,7 @@ class UnknownNameError(MistakeError):
 # ----------------------------------------------------------------------- nodes
 
 
-def _check_root(tree: Mapping[str, Any], root: Root, late: bool) -> None:
+def _check_root(tree: Mapping[str, Any], root: Root, trust: list[str] | None, late: bool) -> None:
     if isinstance(root, str):
         module, _, name = root.rpartition(".")
         root = getattr(importlib.import_module(module), name)
@@ -95,10 +95,10 @@ def _check_root(tree: Mapping[str, Any], root: Root, late: bool) -> None:
         if name in tree:
             _check_value((name,), tree[name], types.get(name, Any))
     if "ops" in tree and not late:
-        _check_ops(tree["ops"])
+        _check_ops(tree["ops"], trust)
 
 
-def _check_ops(forced: Mapping[str, str]) -> None:
+def _check_ops(forced: Mapping[str, str], trust: list[str] | None) -> None:
     from lab.ops import ops  # imports torch
 
     known = ops()  # with those of the model that was just checked, and so imported
@@ -106,7 +106,9 @@ def _check_ops(forced: Mapping[str, str]) -> None:
         if op not in known:
             raise UnknownNameError(("ops", op), "there is no such op", list(known))
         backends = ("auto", *known[op])
-        if backend not in backends:
+        if "." in backend:
+            own_backend(op, backend, trust)
+        elif backend not in backends:
             raise MistakeError(("ops", op), f"{op} has no backend {backend}{hint(backend, backends)}")
 
 

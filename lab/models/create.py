@@ -16,12 +16,12 @@ from lab.mixers import Attention, Lattice, MambaLayer, Mixer, S4DLayer, S5Layer
 from lab.models.base import SequenceModel
 from lab.models.stack import Stack
 
-WITHOUT_MLP: dict[str, Any] = {"d_ff": 0, "position": "none"}
+STATE_SPACE: dict[str, Any] = {"d_ff": 0, "position": "none"}
 ARCHITECTURES: dict[str, tuple[Callable[..., Mixer], dict[str, Any]]] = {
     "lot": (partial(Lattice, n_heads=8), {}),
-    "mamba": (MambaLayer, {**WITHOUT_MLP, "norm": "rms", "tied": True}),
-    "s4d": (S4DLayer, WITHOUT_MLP),
-    "s5": (S5Layer, WITHOUT_MLP),
+    "mamba": (MambaLayer, {**STATE_SPACE, "norm": "rms", "tied": True}),
+    "s4d": (S4DLayer, STATE_SPACE),
+    "s5": (S5Layer, STATE_SPACE),
     "transformer": (partial(Attention, n_heads=8), {}),
 }
 """The layer, and what the stack around it has that is not Stack's default."""

@@ -2,7 +2,8 @@
 
 An op is one function with several backends in order of preference. `Op.choose(*args)` takes the first whose `supports(*args)` gives no
 reason against it. `with use("torch"):` forces one for all ops, `with use(kuramoto_scan="reference"):` for one, `force({...})` for the
-process (the config key `ops`); a forced backend that cannot run is an error with the reason. `used()` says what ran.
+process (the config key `ops`); a forced backend that cannot run is an error with the reason. A `Backend` of your own in place of a name
+is the first to be asked, before those of the op. `used()` says what ran.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 AUTO = "auto"
 log = logging.getLogger(__name__)
 
-_forced: dict[str, str] = {}  # op -> backend; an op that is missing follows the rule
+_forced: dict[str, str | Backend] = {}  # op -> the name of a backend, or one to prefer; an op that is missing follows the rule
 _used: dict[str, str | None] = {}  # op -> backend of its last call; a missing key would make compiled code depend on the first call
 _ops: dict[str, Op] = {}
 
@@ -47,13 +48,17 @@ class Backend:
 
 @dataclass(frozen=True)
 class Op:
-    """An op by name, its backends in order of preference. Making one registers it."""
+    """An op by name, its backends in order of preference. Making one registers it; another op of the same name is an error."""
 
     name: str
     backends: tuple[Backend, ...]
+    example: Callable[[], tuple[Any, ...]] | None = None  # small arguments on torch's default device, for lab-doctor
     said: set[str] = field(default_factory=set, compare=False)  # backends whose absence was reported
 
     def __post_init__(self) -> None:
+        other = _ops.get(self.name)
+        if other is not None and other.home != self.home:  # the same module again: it was reloaded
+            raise ValueError(f"op {self.name}: there is one already, of {other.home}; choose another name")
         _ops[self.name] = self
         _used[self.name] = None
 
@@ -64,19 +69,30 @@ class Op:
         return backend.run(*args)
 
     def choose(self, *args: Any) -> Backend:
-        forced = _forced.get(self.name)
-        reasons = []
-        for backend in self.backends:
-            if forced is not None and backend.name != forced:
-                continue
+        forced, reasons = isinstance(_forced.get(self.name), str), []
+        for backend in self.candidates():
             reason = backend.supports(*args)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
-            if forced is None and not recording() and backend.name not in self.said:
+            if not forced and not recording() and backend.name not in self.said:
                 self.said.add(backend.name)
                 log.warning("op %s does not use backend %s: %s", self.name, backend.name, reason)
-        raise RuntimeError(f"op {self.name}: no {'' if forced is None else 'forced '}backend can compute this ({'; '.join(reasons)})")
+        raise RuntimeError(f"op {self.name}: no {'forced ' if forced else ''}backend can compute this ({'; '.join(reasons)})")
+
+    def candidates(self) -> tuple[Backend, ...]:
+        """The backends that may run, in the order in which they are asked."""
+        forced = _forced.get(self.name)
+        if forced is None:
+            return self.backends
+        if isinstance(forced, Backend):
+            return (forced, *self.backends)
+        return tuple(backend for backend in self.backends if backend.name == forced)
+
+    @property
+    def home(self) -> str:
+        """The module that made it."""
+        return getattr(self.backends[-1].run, "__module__", "?")
 
 
 def ops() -> dict[str, tuple[str, ...]]:
@@ -95,13 +111,26 @@ def forget() -> None:
         _used[op] = None
 
 
-def force(choice: Mapping[str, str]) -> None:
-    """{op: backend or "auto"} for the whole process; ops that are not named keep what they have."""
+def every() -> tuple[Op, ...]:
+    """The ops themselves."""
+    return tuple(_ops.values())
+
+
+def forced() -> dict[str, str]:
+    """{op: backend} of those that do not follow the rule alone."""
+    return {op: choice if isinstance(choice, str) else choice.name for op, choice in _forced.items()}
+
+
+def force(choice: Mapping[str, str | Backend]) -> None:
+    """{op: the name of a backend, "auto", or a Backend to prefer} for the whole process; ops that are not named keep what they have."""
     known = ops()
     for op, backend in choice.items():
         if op not in known:
             raise ValueError(f"ops.{op}: there is no such op; the ops are {', '.join(known)}")
-        if backend != AUTO and backend not in known[op]:
+        if isinstance(backend, Backend):
+            if backend.name in (AUTO, *known[op]):
+                raise ValueError(f"ops.{op}: it has a backend {backend.name} of its own; name yours otherwise")
+        elif backend != AUTO and backend not in known[op]:
             raise ValueError(f"ops.{op}={backend}: there is no such backend; expected {', '.join((AUTO, *known[op]))}")
     for op, backend in choice.items():
         if backend == AUTO:
@@ -111,13 +140,14 @@ def force(choice: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
-    """Forces a backend for all ops that have it (positional) or by op (keywords) inside the block."""
+def use(backend: str | None = None, **by_op: str | Backend) -> Iterator[None]:
+    """Inside the block, as `force`: a backend for all ops that have it (positional) or by op (keywords)."""
     before = dict(_forced)
     having = [op for op, names in ops().items() if backend in (AUTO, *names)]
     if backend is not None and not having:
         raise ValueError(f"use({backend!r}): there is no such backend of any op; expected {', '.join(sorted({*sum(ops().values(), ())}))}")
-    force({**{op: backend for op in having if backend is not None}, **by_op})
+    by_name: dict[str, str | Backend] = {op: backend for op in having if backend is not None}
+    force({**by_name, **by_op})
     try:
         yield
     finally:

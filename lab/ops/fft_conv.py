@@ -43,4 +43,11 @@ def torch_backend(u: Tensor, K: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-FFT_CONV = Op("fft_conv", (Backend("torch", torch_backend), Backend("reference", reference)))
+FFT_CONV = Op(
+    "fft_conv",
+    (
+        Backend("torch", torch_backend),
+        Backend("reference", reference),
+    ),
+    example=lambda: (torch.randn(2, 9, 5), torch.randn(5, 9)),
+)

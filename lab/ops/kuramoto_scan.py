@@ -255,4 +255,5 @@ KURAMOTO_SCAN = Op(
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),
+    example=lambda: (torch.rand(2, 5), torch.randn(2, 9, 5), torch.randn(5), torch.randn(5), torch.randn(5, 5), 0.1),
 )

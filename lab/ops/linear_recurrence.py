@@ -197,4 +197,5 @@ LINEAR_RECURRENCE = Op(
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),
+    example=lambda: (torch.rand(2, 9, 5), torch.randn(2, 9, 5), torch.randn(2, 5)),
 )

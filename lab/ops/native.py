@@ -1,54 +1,56 @@
-"""Loads the C++ kernels of csrc/ and makes every call into them.
+"""Loads C++ kernels, those of csrc/ and your own, and makes every call into them.
 
-They are plain functions on pointers in a shared library, one for each instruction set, built when lab is installed; the best one that this
-processor has is loaded. `why_not()` says why there is none. `call` checks every tensor: a wrong pointer would end the process.
+They are plain functions on pointers in a shared library. Those of csrc/ are built when lab is installed, one library for each instruction
+set; the best one that this processor has is loaded, and `why_not()` says why there is none. `Library` is one of your own. A call checks
+every tensor: a wrong pointer would end the process.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lab.compiler import NoLibrary, compile_once, digest, levels_here, own_sources, rebuild_command
 from lab.ops.backend import exporting
 
 FOLDER = Path(__file__).parent
-LEVELS = {  # instruction sets that a library may need, the best one first, with the flags of /proc/cpuinfo that tell
-    "x86_64_v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    "x86_64_v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
-    "x86_64": set[str](),
-}
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.complex64: "complex64", torch.complex128: "complex128"}
 
 _threads: int | None = None  # a limit on the kernels' threads: 1 in a forked process
 
 
-def load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its instruction set, or None and the reason."""
-    machine = platform.machine()
-    levels = [level for level, flags in LEVELS.items() if flags <= cpu_flags()] if machine in ("x86_64", "AMD64") else [machine]
-    for level in levels:
-        file = FOLDER / f"cpu_{level}.so"
-        if file.exists():
-            try:
-                return ctypes.CDLL(str(file)), level
-            except OSError as error:
-                return None, f"{file.name} does not load: {error}"
+def load(folder: Path = FOLDER, sources: Sequence[Path] | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """The library and its instruction set, or None and the reason.
+
+    In a checkout it must have been built from the sources that are there: Python code and kernels of two versions would not fit.
+    """
+    for level in levels_here():
+        file = folder / f"cpu_{level}.so"
+        if not file.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(file))
+            built = made_of(library)["sources"]
+        except (OSError, AttributeError) as error:
+            return None, f"{file.name} does not load ({error}); {rebuild_command()}"
+        wanted = own_sources() if sources is None else sources
+        if wanted and built != digest(wanted):
+            return None, f"{file.name} was built from other sources than csrc/ holds now; {rebuild_command()}"
+        return library, level
     return None, "the C++ kernels are not built: installing lab with a C++ compiler at hand builds them"
 
 
-def cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+def made_of(library: ctypes.CDLL) -> dict[str, str]:
+    """What one of lab's own libraries was built from, by what, and whether it has threads. AttributeError of any other library."""
+    library.made_of.restype = ctypes.c_char_p
+    return dict(zip(("sources", "compiler", "threads"), library.made_of().decode().split("|"), strict=True))
 
 
 LIBRARY, SAYS = load()  # what was loaded, and its instruction set or the reason why there is none
@@ -76,19 +78,7 @@ def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.fl
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> int:
     """name_dtype(pointers and integers ..., threads). Tensors must be contiguous, on the CPU and of `dtype`; None is a null pointer."""
-    values: list[Any] = []
-    for i, argument in enumerate(arguments):
-        if isinstance(argument, Tensor):
-            if argument.dtype != dtype or argument.device.type != "cpu" or not argument.is_contiguous():
-                raise ValueError(
-                    f"{name}: argument {i} must be a contiguous {dtype} tensor on the CPU, got {argument.dtype} on {argument.device} "
-                    f"with strides {argument.stride()}"
-                )
-            values.append(ctypes.c_void_p(argument.data_ptr()))
-        else:
-            values.append(argument if argument is None else ctypes.c_int64(argument))
-    threads = _threads or torch.get_num_threads()
-    return function(f"{name}_{NAMES[dtype]}")(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
+    return _call(function(f"{name}_{NAMES[dtype]}"), name, dtype, arguments)
 
 
 @cache
@@ -98,6 +88,74 @@ def function(name: str) -> Any:
     loaded = getattr(LIBRARY, name)
     loaded.restype = ctypes.c_int64
     return loaded
+
+
+def _call(run: Any, name: str, dtype: torch.dtype, arguments: Sequence[Tensor | int | None]) -> int:
+    values: list[Any] = []
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            if argument.dtype != dtype or argument.device.type != "cpu" or not argument.is_contiguous() or argument.is_conj():
+                raise ValueError(
+                    f"{name}: argument {i} must be a contiguous {dtype} tensor on the CPU, got {argument.dtype} on {argument.device} "
+                    f"with strides {argument.stride()}"
+                )
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            values.append(argument if argument is None else ctypes.c_int64(argument))
+    threads = _threads or torch.get_num_threads()
+    return run(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
+
+
+class Library:
+    """Kernels of your own: a shared library, or one C++ source that is compiled at the first use (and again when it changes).
+
+    file: PATH.so or PATH.cpp, with functions `extern "C" int64_t NAME_DTYPE(pointers ..., int64_t sizes ..., int64_t threads)`; the
+    result may be void. names: those that an op needs, such as "leaky", which stands for leaky_float32 and the like.
+    Nothing is loaded before a call of an op asks `why_not`.
+    """
+
+    def __init__(self, file: str | Path, *names: str) -> None:
+        self.file, self.names = Path(file).absolute(), names
+
+    def why_not(self, *arguments: Any) -> str | None:
+        """The reason why these kernels cannot compute with the tensors among these, or None: what `Backend(supports=...)` asks."""
+        if exporting():
+            return f"an exported file must run without {self.file.name}"
+        given = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if any(t.device.type != "cpu" for t in given):
+            return f"{self.file.name} computes on the CPU"
+        return self.lacks(given[0].dtype)
+
+    def lacks(self, dtype: torch.dtype) -> str | None:
+        library, says = self.loaded
+        if library is None:
+            return says
+        if dtype not in NAMES:
+            return f"{dtype} is not among {', '.join(map(str, NAMES))}"
+        missing = [name for name in (f"{name}_{NAMES[dtype]}" for name in self.names) if not hasattr(library, name)]
+        return f'{self.file.name} has no function {missing[0]} (is it extern "C"?)' if missing else None
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+        """As `native.call`, of this library."""
+        library, says = self.loaded
+        if library is None:
+            raise RuntimeError(says)
+        _call(getattr(library, f"{name}_{NAMES[dtype]}"), name, dtype, arguments)
+
+    @cached_property
+    def loaded(self) -> tuple[ctypes.CDLL | None, str]:
+        """The library and its file, or None and the reason."""
+        try:
+            file = compile_once(self.file) if self.file.suffix in (".cpp", ".cc", ".cxx") else self.file
+            return ctypes.CDLL(str(file)), str(file)
+        except NoLibrary as error:
+            return None, f"{self.file.name} is not compiled: {error}"
+        except OSError as error:
+            return None, f"{self.file.name} does not load: {error}"
+
+
+# What torch.compiler.assume_constant_result does, which takes seconds to import: the compiler calls it instead of looking into it.
+setattr(Library.lacks, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _forked() -> None:

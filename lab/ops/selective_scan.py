@@ -243,4 +243,8 @@ SELECTIVE_SCAN = Op(
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),
+    example=lambda: (
+        *(torch.rand(2, 9, 5), torch.rand(2, 9, 5), -torch.rand(5, 3), torch.randn(2, 9, 3), torch.randn(2, 9, 3)),
+        *(torch.randn(5), torch.randn(2, 5, 3)),
+    ),
 )

@@ -91,4 +91,5 @@ SSM_KERNEL = Op(
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),
+    example=lambda: (-torch.rand(5, 3, 2), torch.randn(5, 3, 2), 9),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lab import ops
+from lab.memory import allocator
 from lab.models import SequenceModel
 from lab.training.provenance import environment
 
@@ -35,5 +36,5 @@ def metrics_document(
         "git_commit": identity["git_commit"],
         "seed": seed,
         "backends": ops.used(),
-        "env": environment() | {"threads": str(torch.get_num_threads())},
+        "env": environment() | {"threads": str(torch.get_num_threads()), "allocator": allocator()},
     }

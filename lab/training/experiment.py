@@ -9,6 +9,7 @@ from typing import Any
 
 from lab import ops
 from lab.config import ConfigError, MistakeError, build
+from lab.config.targets import own_backend
 from lab.config.tree import Key, dotted, places
 from lab.models import SequenceModel, initialise
 from lab.tasks import Task
@@ -62,7 +63,7 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
     try:
         experiment = Experiment(**{**config, **built})
         _ = experiment.weights, experiment.max_steps if to_train else None
-        ops.force(experiment.ops)
+        ops.force({op: own_backend(op, name, trust) if "." in name else name for op, name in experiment.ops.items()})
         ops.forget()
     except ValueError as error:
         raise _mistake(error, dict(config), ()) from error

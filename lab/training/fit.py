@@ -6,7 +6,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from lab.config import ConfigError, MistakeError, config_hash
 from lab.files import write_json
+from lab.memory import reusing_memory, why_not_reuse
 from lab.tasks import EvalLoader, TrainLoader
 from lab.training.callbacks import Checkpoints
 from lab.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -77,7 +78,7 @@ def fit(
     module = _module(run, experiment, stored)
     if trainer.is_global_zero:
         _say_what_starts(run, experiment, first_step)
-    with _job(run, trainer):
+    with reusing_memory() if experiment.trainer.reuse_memory else nullcontext(), _job(run, trainer):
         trainer.fit(module, *loaders, ckpt_path=run.last if first_step else None)
         if trainer.is_global_zero:
             _finish(run, experiment, module, checkpoints)
@@ -124,6 +125,8 @@ def _trainer(run: Run, experiment: Experiment, callbacks: list[pl.Callback]) -> 
     settings = experiment.trainer
     if settings.precision == "16-mixed" and not torch.cuda.is_available():
         raise MistakeError(("trainer", "precision"), "16-mixed needs a GPU; bf16-mixed works on the CPU")
+    if settings.reuse_memory and why_not_reuse():
+        raise MistakeError(("trainer", "reuse_memory"), str(why_not_reuse()))
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     trainer = pl.Trainer(
         max_steps=experiment.max_steps,

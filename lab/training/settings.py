@@ -28,6 +28,7 @@ class Settings:
     deterministic: bool | Literal["warn"] = "warn"
     compile: bool = False
     activation_checkpointing: bool = False
+    reuse_memory: bool = False
     log_layer_grad_norms: bool = False
     ema: float | None = None
 

@@ -16,7 +16,7 @@ from lab.training.run import Run, new_run_path
 
 FOLDER_VARIABLE = "LAB_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
 RESUMABLE = (
-    "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_workers",
+    "trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_workers", "trainer.reuse_memory",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.max_steps", "trainer.max_epochs",
 )  # fmt: skip
 EXCLUDES = {"trainer.max_steps": "trainer.max_epochs", "trainer.max_epochs": "trainer.max_steps"}  # a length is given by one of them

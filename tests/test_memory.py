@@ -1,0 +1,65 @@
+"""trainer.reuse_memory: freed memory stays with the process while a run trains, and the run says so."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from lab import memory
+from lab.config import ConfigError
+
+glibc = pytest.mark.skipif(memory.why_not_reuse() is not None, reason=str(memory.why_not_reuse()))
+
+
+def page_faults() -> int:
+    """Of 20 products of 34 MB. glibc by itself maps each afresh: a fault for each of its 8,704 pages."""
+    x, before = torch.ones(34 * 2**18), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.mul(x, 2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@glibc
+def test_freed_memory_is_used_again_in_the_block_alone():
+    name = memory.allocator()
+    assert page_faults() > 20 * 8000
+    with memory.reusing_memory():
+        assert page_faults() < 5 * 8704, "the heap grows to what is needed, and no further"
+        assert memory.allocator() == f"{name}, memory reused"
+    assert memory.allocator() == name and page_faults() > 20 * 8000
+
+
+@glibc
+def test_a_run_names_its_allocator_and_stays_the_same_experiment(tiny):
+    plain, reused = tiny(run_dir="plain"), tiny("trainer.reuse_memory=true", run_dir="reused")
+    assert (
+        reused.metrics["env"]["allocator"]
+        == plain.metrics["env"]["allocator"] + ", memory reused"
+        == memory.allocator() + ", memory reused"
+    )
+    assert reused.metrics["config_hash"] == plain.metrics["config_hash"] and reused.metrics["metrics"] == plain.metrics["metrics"]
+
+
+@pytest.mark.parametrize("elsewhere", ["macOS", "jemalloc"])
+def test_with_another_allocator_it_is_a_mistake_not_a_silence(tiny, tmp_path, monkeypatch, elsewhere):
+    if elsewhere == "macOS":
+        monkeypatch.setattr(memory, "_glibc", lambda: None)
+        monkeypatch.setattr(memory.platform, "system", lambda: "Darwin")
+    else:
+        monkeypatch.setattr(memory, "replaced", lambda: "jemalloc")
+    named = {"macOS": "that of Darwin", "jemalloc": "jemalloc"}[elsewhere]
+    sentence = (
+        rf"^trainer.reuse_memory \(command line\): it is a setting of glibc's allocator, and the one here is {named}; leave it false$"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        tiny("trainer.reuse_memory=true")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(RuntimeError, match="reuse_memory: it is a setting of glibc's"), memory.reusing_memory():
+        pass
+
+
+def test_variables_that_change_the_allocator_are_named(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert memory.allocator().endswith(", MALLOC_MMAP_MAX_=0")
