@@ -151,7 +151,9 @@ def one_step(mixer: Mixer, x: Tensor) -> float:
 
 def attention(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     D, H = 256, 8
-    makers = {"attention": Attention, "lot wave": Lattice} | {f"lot wave, {n} columns": partial(Padded, columns=n) for n in (36, 40, 48, 64)}
+    makers = {"attention": Attention, "lot wave": Lattice} | {
+        f"lot wave, {n} columns": partial(Padded, columns=n) for n in (36, 40, 48, 64)
+    }
     mixers = {name: make(D, H) for name, make in makers.items()}
     x = torch.randn(4, args.attention, D, requires_grad=True)
     times: dict[str, list[float]] = {name: [] for name in mixers}
