@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "simd.h"
@@ -223,12 +224,12 @@ template <class T> void from_rows(const T* rows, T* K, int64_t taps, int64_t lan
 
 // ---- the work
 
-template <class T> struct Buffer {  // begins on a vector's border
-  std::vector<T> data;
+template <class T> struct Buffer {  // begins on a vector's border; not cleared
+  std::unique_ptr<T[]> data;
   T* at;
-  explicit Buffer(int64_t size) : data(size + WIDTH<T>) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(data.data());
-    at = data.data() + (VECTOR_BYTES - address % VECTOR_BYTES) % VECTOR_BYTES / sizeof(T);
+  explicit Buffer(int64_t size) : data(new T[size + WIDTH<T>]) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data.get());
+    at = data.get() + (VECTOR_BYTES - address % VECTOR_BYTES) % VECTOR_BYTES / sizeof(T);
   }
 };
 
