@@ -6,7 +6,8 @@ import pytest
 import torch
 from op_checks import compare, numbers, of
 
-from lab.ops import causal_conv, fft_conv, native, ssm_kernel
+from lab.ops import causal_conv, fft_conv, native, ssm_kernel, use
+from lab.ops.fft_conv import backward_op, forward_op
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -51,11 +52,78 @@ def test_the_native_kernel_stays_accurate_over_a_long_sequence():
     assert (ssm_kernel(w, c, 16_384) - exact).abs().max() < 3e-6 * exact.abs().max()
 
 
+def conv_inputs(shape, taps, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = shape, (shape[2], taps), (shape[2],)
+    return [numbers(*size, dtype=torch.float64, g=g).to(dtype).requires_grad_() for size in sizes]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("taps", [0, 1, 5, 40])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 0, 3), (3, 33, 5)], ids=str)
-def test_fft_conv(shape, taps, dtype):
-    g = torch.Generator().manual_seed(0)
-    sizes = shape, (shape[2], taps), (shape[2],)
-    args = [numbers(*size, dtype=torch.float64, g=g).to(dtype).requires_grad_() for size in sizes]
-    compare(fft_conv, "torch", args, dtype, call=lambda u, K, D: (fft_conv(u, K, D),))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 0, 3), (0, 4, 3), (3, 33, 5), (2, 30, 203)], ids=str)
+@pytest.mark.parametrize("name", of(fft_conv))
+def test_fft_conv(name, shape, taps, dtype):
+    compare(fft_conv, name, conv_inputs(shape, taps, dtype), dtype, call=lambda u, K, D: (fft_conv(u, K, D),))
+
+
+@pytest.mark.parametrize("name", of(fft_conv))
+def test_fft_conv_without_the_term_of_the_input(name):
+    compare(fft_conv, name, conv_inputs((2, 9, 4), 9, torch.float64)[:2], torch.float64, call=lambda u, K: (fft_conv(u, K),))
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
+def test_fft_conv_at_every_kind_of_length():
+    """2^k and 3 2^k, one below and one above each: all plans of the transform, against the torch backend in float64."""
+    for n in sorted({2**k for k in range(1, 12)} | {3 * 2**k for k in range(1, 10)}):
+        for L in (n - 1, n, n + 1):
+            exact = conv_inputs((1, L, 3), L, torch.float64)
+            args = [t.detach().float().requires_grad_() for t in exact]
+            results = []
+            for backend, (u, K, D) in (("torch", exact), ("native", args)):
+                with use(fft_conv=backend):
+                    y = fft_conv(u, K, D)
+                results.append([y, *torch.autograd.grad(y.square().sum(), (u, K, D))])
+            for want, got in zip(*results, strict=True):
+                assert (got - want).abs().max() < 3e-6 * want.abs().max(), L
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
+def test_fft_conv_reads_strided_tensors_and_fills_all_that_it_returns(monkeypatch):
+    u, K, D = (t.detach() for t in conv_inputs((2, 30, 70), 30, torch.float32))
+    want = fft_conv(u, K, D)
+    wide = torch.randn(2, 30, 140)
+    wide[..., ::2] = u
+    strided = wide[..., ::2].requires_grad_(), K.T.contiguous().T.requires_grad_(), D.requires_grad_()
+    assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: plain(*args, **options).fill_(float("nan")))
+    y = fft_conv(*strided)
+    grads = torch.autograd.grad(y.sum(), strided)
+    assert torch.equal(y, want) and all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
+def test_fft_conv_is_bit_equal_at_any_number_of_threads():
+    args = conv_inputs((3, 50, 150), 50, torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = fft_conv(*args)
+            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
+def test_fft_conv_is_an_ordinary_operator():
+    args = conv_inputs((2, 9, 5), 7, torch.float32)
+    torch.library.opcheck(forward_op, tuple(args))
+    torch.library.opcheck(backward_op, (torch.randn(2, 9, 5), *args), test_utils=("test_schema", "test_faketensor"))
+    y = fft_conv(*args)
+    (grad,) = torch.autograd.grad(y.square().sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="fft_conv: the native backend has no second derivative"):
+        grad.sum().backward()
