@@ -101,6 +101,7 @@ def _second_backward(ctx: Any, *grads: Tensor) -> None:
 
 forward_op.register_autograd(_backward, setup_context=_save)
 backward_op.register_autograd(_second_backward)
+
 FFT_CONV = Op(
     "fft_conv",
     (
