@@ -110,17 +110,18 @@ def page(reports: list[Row]) -> str:
     text += THREADS
     for row, *ratios in paired([row for row in rows if row not in single], "name"):
         text += line(row["name"].removesuffix(", 2 threads"), figure(row.get("peer_ms")), figure(row.get("lab_ms")), *ratios)
-    rows = [row for report in models for row in report["rows"]]
-    text += MODELS.format(batch=rows[0]["batch"])
-    for row, *ratios in paired(rows, "name", "against", "length"):
-        text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
-    rows = [row for report in models for row in report["growth"]]
-    lengths = rows[0]["lengths"]
-    text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
-    for row in rows:
-        exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
-        each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
-        text += line(row["name"], row["allocator"], *exponents, *each)
+    if models:
+        rows = [row for report in models for row in report["rows"]]
+        text += MODELS.format(batch=rows[0]["batch"])
+        for row, *ratios in paired(rows, "name", "against", "length"):
+            text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
+        rows = [row for report in models for row in report["growth"]]
+        lengths = rows[0]["lengths"]
+        text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
+        for row in rows:
+            exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
+            each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
+            text += line(row["name"], row["allocator"], *exponents, *each)
     return text
 
 
