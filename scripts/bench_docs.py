@@ -92,7 +92,7 @@ def line(*cells: Any) -> str:
 
 def compared(row: Row, default: str, reuse: str) -> list[str]:
     if row.get("ratio") is None:
-        return [row["note"], "", "", "", "", "", "", ""]
+        return [figure(row.get("lab_ms")), row["note"], "", "", "", figure(row.get("lab_mb")), "", ""]
     times, memory = (figure(row["lab_ms"]), figure(row["peer_ms"])), (figure(row["lab_mb"]), figure(row["peer_mb"]))
     return [*times, default, reuse, f"{row['spread']:.0%}", *memory, "" if row["difference"] is None else f"{row['difference']:.0e}"]
 
