@@ -92,7 +92,7 @@ def line(*cells: Any) -> str:
 
 def compared(row: Row, default: str, reuse: str) -> list[str]:
     if row.get("ratio") is None:
-        return [row["note"], "", "", "", "", "", "", ""]
+        return [figure(row.get("lab_ms")), row["note"], "", "", "", figure(row.get("lab_mb")), "", ""]
     times, memory = (figure(row["lab_ms"]), figure(row["peer_ms"])), (figure(row["lab_mb"]), figure(row["peer_mb"]))
     return [*times, default, reuse, f"{row['spread']:.0%}", *memory, "" if row["difference"] is None else f"{row['difference']:.0e}"]
 
@@ -110,17 +110,18 @@ def page(reports: list[Row]) -> str:
     text += THREADS
     for row, *ratios in paired([row for row in rows if row not in single], "name"):
         text += line(row["name"].removesuffix(", 2 threads"), figure(row.get("peer_ms")), figure(row.get("lab_ms")), *ratios)
-    rows = [row for report in models for row in report["rows"]]
-    text += MODELS.format(batch=rows[0]["batch"])
-    for row, *ratios in paired(rows, "name", "against", "length"):
-        text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
-    rows = [row for report in models for row in report["growth"]]
-    lengths = rows[0]["lengths"]
-    text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
-    for row in rows:
-        exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
-        each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
-        text += line(row["name"], row["allocator"], *exponents, *each)
+    if models:
+        rows = [row for report in models for row in report["rows"]]
+        text += MODELS.format(batch=rows[0]["batch"])
+        for row, *ratios in paired(rows, "name", "against", "length"):
+            text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
+        rows = [row for report in models for row in report["growth"]]
+        lengths = rows[0]["lengths"]
+        text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
+        for row in rows:
+            exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
+            each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
+            text += line(row["name"], row["allocator"], *exponents, *each)
     return text
 
 

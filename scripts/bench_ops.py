@@ -207,10 +207,11 @@ def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -
     lab, rows = timings["lab"], []
     for name, function in case.peers.items():
         row = {"name": case.name, "shape": case.shape, "against": name, "note": missing.get(name)}
+        row |= {"lab_ms": lab.ms, "lab_mb": memory["lab"]}
         if name in timings:
             peer = timings[name]
-            row |= {"lab_ms": lab.ms, "peer_ms": peer.ms, "ratio": peer.ms / lab.ms, "spread": lab.spread + peer.spread}
-            row |= {"lab_mb": memory["lab"], "peer_mb": memory[name], "difference": difference(case, function, inputs)}
+            row |= {"peer_ms": peer.ms, "ratio": peer.ms / lab.ms, "spread": lab.spread + peer.spread}
+            row |= {"peer_mb": memory[name], "difference": difference(case, function, inputs)}
         rows.append(row)
     return rows
 
@@ -241,7 +242,7 @@ def table(rows: list[benchmark.Row]) -> Table:
     for row in rows:
         figures = [benchmark.said(row.get(key)) for key in ("lab_ms", "peer_ms", "ratio", "spread", "lab_mb", "peer_mb", "difference")]
         if "ratio" not in row:
-            figures[0] = row["note"]
+            figures[1] = row["note"]
         shown.add_row(f"{row['name']} ({row['shape']})", row["against"], row["allocator"], *figures)
     return shown
 
