@@ -11,14 +11,16 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-AS_IT_IS = (128 * 1024, 65536)  # glibc's own values of the two
-REUSED = (-1, 0)  # never given back, never mapped apart
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+REUSED = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}  # never given back, never mapped apart
+# By itself glibc moves both thresholds up with the largest block freed so far, until it is once told one. So afterwards it is told where
+# they end in a process that has used large tensors.
+AFTERWARDS = {M_TRIM_THRESHOLD: 64 << 20, M_MMAP_THRESHOLD: 32 << 20, M_MMAP_MAX: 65536}
 VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 _reused = False
@@ -50,7 +52,8 @@ def why_not_reuse() -> str | None:
 
 @contextmanager
 def reusing_memory() -> Iterator[None]:
-    """`trainer.reuse_memory` for the block. Afterwards glibc's own values hold again, and what was kept is given back.
+    """`trainer.reuse_memory` for the block. Afterwards glibc maps blocks above 32 MB apart, as it does in any process that has used large
+    tensors, and what was kept is given back.
 
     Raises RuntimeError where `why_not_reuse` has a reason.
     """
@@ -63,13 +66,13 @@ def reusing_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        _set(AS_IT_IS)
+        _set(AFTERWARDS)
         _reused = False
         _libc().malloc_trim(0)
 
 
-def _set(values: tuple[int, int]) -> None:
-    for name, value in zip((M_TRIM_THRESHOLD, M_MMAP_MAX), values, strict=True):
+def _set(values: Mapping[int, int]) -> None:
+    for name, value in values.items():
         if _libc().mallopt(name, value) != 1:
             raise RuntimeError(f"reuse_memory: glibc refuses mallopt({name}, {value})")
 

@@ -13,9 +13,10 @@ from lab.config import ConfigError
 glibc = pytest.mark.skipif(memory.why_not_reuse() is not None, reason=str(memory.why_not_reuse()))
 
 
-def page_faults() -> int:
-    """Of 20 products of 34 MB. glibc by itself maps each afresh: a fault for each of its 8,704 pages."""
-    x, before = torch.ones(34 * 2**18), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def page_faults(megabytes: int = 34) -> int:
+    """Of 20 products of so many MB. glibc by itself maps each of 34 MB afresh, a fault for each of its 8,704 pages; smaller ones it learns
+    to keep."""
+    x, before = torch.ones(megabytes * 2**18), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.mul(x, 2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -29,6 +30,8 @@ def test_freed_memory_is_used_again_in_the_block_alone():
         assert page_faults() < 5 * 8704, "the heap grows to what is needed, and no further"
         assert memory.allocator() == f"{name}, memory reused"
     assert memory.allocator() == name and page_faults() > 20 * 8000
+    page_faults(4)
+    assert page_faults(4) < 2 * 1024, "what glibc keeps by itself it keeps afterwards, too"
 
 
 @glibc

@@ -128,5 +128,5 @@ CAUSAL_CONV = Op(
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),
-    example=lambda: (torch.randn(2, 9, 5), torch.randn(4, 5), torch.randn(5), torch.randn(2, 6, 5), 2),
+    example=lambda: (torch.randn(2, 9, 5), torch.randn(4, 5), torch.randn(5), torch.randn(2, 3, 5), 1),
 )
