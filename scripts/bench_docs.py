@@ -2,7 +2,8 @@
 
 python scripts/bench_ops.py --json ops.json
 python scripts/bench_models.py --json models.json
-python scripts/bench_docs.py ops.json models.json > docs/performance.md
+python scripts/bench_limits.py --json limits.json
+python scripts/bench_docs.py ops.json models.json limits.json > docs/performance.md
 """
 
 from __future__ import annotations
@@ -69,6 +70,21 @@ A training step of batch 1, otherwise as above; the exponent is the slope of the
 | model | allocator | time | memory | {lengths} |
 |---|---|---|---|{bars}
 """
+LIMITS = """
+## What limits them
+
+Forward passes at B 4, L 1024, E 512, N 16: what an op cannot do without (exponentials, or bytes read and written once) over its time,
+beside the rate of the plainest operation of PyTorch that does nothing else.
+
+| op | allocator | rate | of the ceiling |
+|---|---|---|---|
+"""
+SHARES = """
+A training step as above, batch 4, by torch.profiler: the largest shares of its CPU time.
+
+| model | L | allocator | shares |
+|---|---|---|---|
+"""
 
 
 def figure(value: float | None) -> str:
@@ -98,7 +114,8 @@ def compared(row: Row, default: str, reuse: str) -> list[str]:
 
 
 def page(reports: list[Row]) -> str:
-    ops, models = ([report for report in reports if ("growth" in report) == both] for both in (False, True))
+    models, limits = ([report for report in reports if key in report] for key in ("growth", "limits"))
+    ops = [report for report in reports if report not in models + limits]
     machine = "".join(line(key, value) for key, value in reports[0]["machine"].items())
     commands = "\n".join("    " + re.sub(r" --json \S+", "", report["command"]) for report in reports)
     text = INTRODUCTION.format(commands=commands, machine=machine.rstrip(), date=max(report["date"] for report in reports))
@@ -122,6 +139,15 @@ def page(reports: list[Row]) -> str:
             exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
             each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
             text += line(row["name"], row["allocator"], *exponents, *each)
+    for report in limits:
+        text += LIMITS
+        for row in report["limits"]:
+            share = f"{row['share']:.0%} of {row['against']}" if "against" in row else ""
+            text += line(row["name"], row["allocator"], f"{row['rate']:.3g} {row['unit']}", share)
+        text += SHARES
+        for row in report["shares"]:
+            named = ", ".join(f"`{name}` {share:.0%}" for name, share in row["shares"].items())
+            text += line(row["name"], row["length"], row["allocator"], named)
     return text
 
 

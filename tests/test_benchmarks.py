@@ -60,8 +60,12 @@ def test_models_and_the_page(script, tmp_path):
     for row in report["growth"]:
         assert len(row["ms"]) == len(row["lengths"]) and all(ms > 0 for ms in row["ms"]) and row["time_exponent"] < 3
     script("bench_ops", "--only", "kuramoto")  # both too
-    files = [str(tmp_path / f"{name}.json") for name in ("bench_ops", "bench_models")]
+    _, limits = script("bench_limits", "--allocator", "default", "--only", "mamba")
+    assert all(row["rate"] > 0 for row in limits["limits"]) and limits["limits"][3]["against"] == "exponential"
+    (step,) = limits["shares"]
+    assert 0 < sum(step["shares"].values()) <= 1
+    files = [str(tmp_path / f"{name}.json") for name in ("bench_ops", "bench_models", "bench_limits")]
     page = subprocess.run([sys.executable, ROOT / "scripts" / "bench_docs.py", *files], capture_output=True, text=True, check=True).stdout
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.count("|") == 3 for line in tables[:3]) and "| kuramoto_scan, B 2, L 4, H 8 | Python loop |" in page
-    assert "pip install transformers" in page and page.count("| mamba |") == 6  # 2 peers by 2 lengths, 2 allocators
+    assert "pip install transformers" in page and page.count("| mamba |") == 7  # 2 peers by 2 lengths, 2 allocators, shares
