@@ -44,6 +44,8 @@ def selective_scan(
         if t is not None and t.shape != shape:
             given = f"u {tuple(u.shape)} and A {tuple(A.shape)}"
             raise ValueError(f"selective_scan: with {given}, {name} must be {shape}, got {tuple(t.shape)}")
+    if not N:
+        raise ValueError(f"selective_scan: A {tuple(A.shape)} has no states, d_state must be at least 1")
     double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in (u, dt, A, B, C, D, h0))
     real = torch.float64 if double else torch.float32
     state = (torch.complex128 if double else torch.complex64) if A.is_complex() else real
@@ -169,7 +171,9 @@ def backward_op(
     """Gradients of y and last -> those of u, dt, A, B, C, D, h0."""
     (Bt, L, E), N = u.shape, A.shape[1]
     if backend == "native":
-        u, dt, B, C, D, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, gy, glast))
+        u, dt, B, C, D, starts, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, starts, gy, glast))
+        if starts.shape != native_starts(u, N):  # the kernel would read beyond its end
+            raise ValueError(f"selective_scan: the saved states must be {native_starts(u, N)}, got {tuple(starts.shape)}")
         parts = max(
             1, min(16 // max(Bt, 1), E // 64)
         )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
