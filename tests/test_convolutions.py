@@ -103,22 +103,6 @@ def test_fft_conv_reads_strided_tensors_and_fills_all_that_it_returns(monkeypatc
 
 
 @pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
-def test_fft_conv_is_bit_equal_at_any_number_of_threads():
-    args = conv_inputs((3, 50, 150), 50, torch.float32)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y = fft_conv(*args)
-            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.skipif(native.LIBRARY is None, reason="a property of the C++ kernel, which is not built")
 def test_fft_conv_is_an_ordinary_operator():
     args = conv_inputs((2, 9, 5), 7, torch.float32)
     torch.library.opcheck(forward_op, tuple(args))

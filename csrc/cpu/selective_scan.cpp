@@ -38,7 +38,8 @@ template <class T> struct Buffer {  // aligned, of vectors
 // NS states of one tile through all of time, added to what y holds unless these are the first ones. Inlined it takes 1.6 times as long.
 template <class T, int NS, class Lanes>
 __attribute__((noinline)) void forward(
-    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, T* starts, bool first, int64_t L, int64_t E, int64_t N, Lanes lanes) {
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, T* starts, bool first, int64_t L,
+    int64_t E, int64_t N, Lanes lanes) {
   Vector<T> h[NS], a[NS];
   for (int n = 0; n < NS; n++) h[n] = state[n], a[n] = A[n];
   const Vector<T> skip = load(D, lanes);
@@ -64,7 +65,8 @@ void forward_all(
     int64_t E, int64_t N, int64_t threads) {
   constexpr int64_t W = WIDTH<T>;
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, Bt * tiles);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < Bt * tiles; task++) {
     const FlushTiny flush;
     const int64_t row = task / tiles, e = task % tiles * W, lanes = std::min(W, E - e), at = row * L * E + e;
@@ -152,7 +154,8 @@ void backward_all(
   constexpr int64_t W = WIDTH<T>;
   constexpr T LN2 = T(0.69314718055994530942);
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, Bt * splits);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < Bt * splits; task++) {
     const FlushTiny flush;
     const int64_t row = task / splits, part = task % splits, first = tiles * part / splits, end = tiles * (part + 1) / splits;

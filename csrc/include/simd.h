@@ -74,6 +74,9 @@ struct FlushTiny {
 #endif
 };
 
+// The threads that a call uses, of those it was given: a thread without a task would be woken for nothing.
+INLINE int team_for(int64_t threads, int64_t tasks) { return int(tasks < 1 ? 1 : tasks < threads ? tasks : threads); }
+
 // ---- complex numbers, stored re im re im ...; n counts real numbers
 
 template <class V, int... I> INLINE V even_twice(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I & ~1)...); }

@@ -141,7 +141,25 @@ def forward_op(
         u, dt, B, C, D, h0 = (t.contiguous() for t in (u, dt, B, C, D, h0))
         y, last = torch.empty_like(u), torch.empty_like(h0)
         starts = u.new_empty(native_starts(u, N) if keep else 0)
-        native.call("selective_scan", u.dtype, u, dt, base_2(A), B, C, D, h0, y, last, starts if keep else None, Bt, L, E, N)
+        native.call(
+            "selective_scan",
+            u.dtype,
+            u,
+            dt,
+            base_2(A),
+            B,
+            C,
+            D,
+            h0,
+            y,
+            last,
+            starts if keep else None,
+            Bt,
+            L,
+            E,
+            N,
+            work=12 * u.numel() * N,
+        )
         return y, last, starts
     h, ys, kept = h0, [D * u[:, :0]], [h0]
     for t in range(0, L, CHUNK):
@@ -180,7 +198,26 @@ def backward_op(
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
         grads = (gu, gdt, gA, gB, gC, gD, gh0)
-        native.call("selective_scan_backward", u.dtype, u, dt, base_2(A), B, C, D, starts, gy, glast, *grads, parts, Bt, L, E, N)
+        native.call(
+            "selective_scan_backward",
+            u.dtype,
+            u,
+            dt,
+            base_2(A),
+            B,
+            C,
+            D,
+            starts,
+            gy,
+            glast,
+            *grads,
+            parts,
+            Bt,
+            L,
+            E,
+            N,
+            work=24 * u.numel() * N,
+        )
         return [gu, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gh0]
     gu, gdt, gA, gB, gC, gh = *(torch.zeros_like(t) for t in (u, dt, A, B, C)), glast
     for t in reversed(range(0, L, CHUNK)):
