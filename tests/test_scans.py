@@ -105,3 +105,33 @@ def test_selective_scan_that_grows_out_of_range_is_not_finite(dtype):
         assert not want.isfinite().all() and want.isfinite().any()
         assert torch.equal(got.isfinite(), want.isfinite())
         torch.testing.assert_close(got[want.isfinite()], want[want.isfinite()], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", of(selective_scan))
+def test_what_the_padding_holds_does_not_reach_the_last_state_of_selective_scan(name, bad):
+    args = [t.detach() for t in scan_inputs((3, 40, 20), 4, torch.float32)]
+    lengths = torch.tensor([0, 17, 40])
+    padding = torch.arange(40) >= lengths[:, None]
+    padded = [t.clone() for t in args]
+    for i in (0, 1, 3, 4, 6):  # u, dt, B, C, z
+        padded[i][padding] = bad
+    with use(selective_scan=name):
+        y, last = selective_scan(*padded, lengths=lengths)
+        whole, _ = selective_scan(*args)
+        torch.testing.assert_close(y[~padding], whole[~padding])
+        for b, n in enumerate(lengths.tolist()):
+            row = [t[b : b + 1, :n] if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(args)]
+            row[7] = args[7][b : b + 1]
+            torch.testing.assert_close(last[b : b + 1], selective_scan(*row)[1])
+
+
+@pytest.mark.parametrize("name", of(linear_recurrence))
+def test_what_the_padding_holds_does_not_reach_the_last_state_of_linear_recurrence(name):
+    a, x, h0 = (t.detach() for t in recurrence_inputs((3, 40, 20), True, torch.float32))
+    lengths = torch.tensor([0, 17, 40])
+    _, want = linear_recurrence(a, x, h0, lengths)
+    for t in (a, x):
+        t[torch.arange(40) >= lengths[:, None]] = float("nan")
+    with use(linear_recurrence=name):
+        torch.testing.assert_close(linear_recurrence(a, x, h0, lengths)[1], want)

@@ -35,6 +35,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u, dt, z (Bt, L, E), A (E, N) with real part <= 0, B, C (Bt, L, N), D (E,), h0 (Bt, E, N) or None for zeros
     -> y (Bt, L, E) in the dtype of u, last (Bt, E, N), the state after the last real token, number lengths[b] (Bt,) or L.
+    y of padding means nothing.
 
     dt >= 0. Computes in float32 or, given any float64, in float64. Differentiable once in every tensor.
     """
@@ -49,8 +50,9 @@ def selective_scan(
     double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in (u, dt, A, B, C, D, h0))
     real = torch.float64 if double else torch.float32
     state = (torch.complex128 if double else torch.complex64) if A.is_complex() else real
-    if lengths is not None:  # with dt = 0 a step keeps the state
-        dt = dt * (torch.arange(L, device=dt.device) < lengths.to(dt.device)[:, None])[..., None]
+    if lengths is not None:  # with dt = 0 a step keeps the state; whatever the padding holds, NaN too, must not reach it
+        padding = (torch.arange(L, device=u.device) >= lengths.to(u.device)[:, None])[..., None]
+        u, dt, B = (t.masked_fill(padding, 0) for t in (u, dt, B))
     start = torch.zeros(Bt, E, N, dtype=state, device=u.device) if h0 is None else h0.to(state)
     y, last = SELECTIVE_SCAN(u.to(real), dt.to(real), A.to(state), B.to(state), C.to(state), D.to(real), start)
     y = y.to(u.dtype)
