@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lab import compiler, ops
 from lab.mixers import MambaLayer
-from lab.ops import native, selective_scan, use
+from lab.ops import causal_conv, kuramoto_scan, linear_recurrence, native, selective_scan, use
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
@@ -37,14 +37,14 @@ def inputs(B=2, L=40, D=70, N=4):
 def test_a_call_refuses_a_tensor_that_it_cannot_read(wrong):
     good = torch.zeros(1, 4, 1)
     with pytest.raises(ValueError, match="linear_recurrence: argument 1 must be a contiguous torch.float32 tensor on the CPU"):
-        native.call("linear_recurrence", torch.float32, good, wrong, None, good, 1, 1, 4, 1)
+        native.call("linear_recurrence", torch.float32, good, wrong, None, good, 1, 1, 4, 1, work=1)
 
 
 @built
 def test_a_call_refuses_a_conjugate_that_is_only_marked_as_one():
     good = torch.zeros(1, 4, 1, dtype=torch.complex64)
     with pytest.raises(ValueError, match="linear_recurrence: argument 1 must be a contiguous torch.complex64 tensor"):
-        native.call("linear_recurrence", torch.complex64, good, good.conj(), None, good, 1, 1, 4, 2)
+        native.call("linear_recurrence", torch.complex64, good, good.conj(), None, good, 1, 1, 4, 2, work=1)
 
 
 @built
@@ -57,20 +57,39 @@ def test_half_precision_and_strided_inputs_come_out_right():
     assert not strided.is_contiguous() and torch.equal(selective_scan(strided, dt, A, B, C, D)[0], selective_scan(u, dt, A, B, C, D)[0])
 
 
-@built
-def test_results_are_bit_equal_at_any_number_of_threads():
-    args = [t.requires_grad_() for t in inputs(B=3, L=50, D=300)]
-    results = []
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; afterwards it is what it was."""
     before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y, last = selective_scan(*args)
-            results.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), args)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_for_all(threads, monkeypatch):
+    """The same, and small calls take all the threads too."""
+    monkeypatch.setattr(native, "GRAIN", 1)
+    return threads
+
+
+@built
+def test_a_decode_step_keeps_to_one_thread_and_a_long_scan_takes_them_all(threads, monkeypatch):
+    threads(3)
+    given, call = [], native._call
+    monkeypatch.setattr(native, "_call", lambda *args: given.append(args[-1]) or call(*args))
+    selective_scan(*inputs(B=1, L=1, D=512, N=16))
+    causal_conv(torch.randn(1, 1, 512), torch.randn(4, 512))
+    linear_recurrence(torch.rand(1, 1, 512), torch.randn(1, 1, 512))
+    kuramoto_scan(torch.zeros(64), torch.randn(1, 1, 64), torch.zeros(64), torch.ones(64), torch.randn(64, 64), 0.1)
+    assert given == [1, 1, 1, 1]
+    selective_scan(*inputs(B=2, L=256, D=256, N=16))
+    assert given[4:] == [3]
+
+
+def test_each_thread_has_a_grain_to_do(threads):
+    threads(4)
+    grain = native.GRAIN
+    assert [native.threads_for(work) for work in (0, grain, 2 * grain - 1, 2 * grain, 3 * grain, 99 * grain)] == [1, 1, 1, 2, 3, 4]
 
 
 def _in_a_child(queue) -> None:
@@ -78,9 +97,8 @@ def _in_a_child(queue) -> None:
 
 
 @built
-def test_a_forked_process_computes_after_its_parent_has():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def test_a_forked_process_computes_after_its_parent_has(threads_for_all):
+    threads_for_all(2)
     try:
         want = float(selective_scan(*inputs())[0].sum())
         context = multiprocessing.get_context("fork")
@@ -92,7 +110,6 @@ def test_a_forked_process_computes_after_its_parent_has():
         assert queue.get() == want
     finally:
         child.kill()
-        torch.set_num_threads(before)
 
 
 def test_without_the_library_the_torch_backend_computes(monkeypatch, caplog):
@@ -106,7 +123,7 @@ def test_without_the_library_the_torch_backend_computes(monkeypatch, caplog):
         selective_scan(*args)
 
 
-# What every op with a native backend keeps to, on its own small example.
+# What every op with a native backend keeps to, on its own small example and, where the layout of the work matters, on a larger one.
 
 NATIVE = [op for op in ops.every() if "native" in ops.ops()[op.name]]
 every_native_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
@@ -115,6 +132,24 @@ every_native_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
 def example(op) -> list:
     torch.manual_seed(0)
     return [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in op.example()]
+
+
+LARGER = {  # whole vectors and a rest, several tiles, groups and parts of a row
+    "causal_conv": lambda: (torch.randn(2, 130, 203), torch.randn(4, 203), torch.randn(203), torch.randn(2, 6, 203), 2),
+    "fft_conv": lambda: (torch.randn(2, 130, 203), torch.randn(203, 130), torch.randn(203)),
+    "kuramoto_scan": lambda: (torch.rand(6, 43), torch.randn(6, 30, 43), torch.randn(43), torch.randn(43), torch.randn(43, 43) / 43, 0.1),
+    "linear_recurrence": lambda: (torch.rand(2, 130, 203), torch.randn(2, 130, 203), torch.randn(2, 203)),
+    "selective_scan": lambda: (*inputs(B=1, L=130, D=203, N=23), torch.randn(1, 203, 23)),
+    "ssm_kernel": lambda: (-torch.rand(5, 11, 2), torch.randn(5, 11, 2), 1030),
+}
+
+
+def larger(op) -> list:
+    torch.manual_seed(0)
+    return [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in LARGER[op.name]()]
+
+
+small_and_larger = pytest.mark.parametrize("arguments", [example, larger])
 
 
 def results(op, args) -> list[torch.Tensor]:
@@ -137,18 +172,19 @@ def native_only():
 
 @built
 @every_native_op
+@small_and_larger
 @pytest.mark.parametrize("level", compiler.LEVELS)
-def test_every_instruction_set_that_this_processor_has_agrees(op, level, native_only, monkeypatch):
+def test_every_instruction_set_that_this_processor_has_agrees(op, level, arguments, native_only, monkeypatch):
     if level not in compiler.levels_here():
         pytest.skip(f"this processor has no {level}")
-    args = example(op)
+    args = arguments(op)
     want = results(op, args)
     native.function.cache_clear()
     try:
         monkeypatch.setattr(native, "LIBRARY", ctypes.CDLL(str(native.FOLDER / f"cpu_{level}.so")))
         monkeypatch.setattr(native, "VECTOR_BYTES", native.LIBRARY.vector_bytes())
         for got, expected in zip(results(op, args), want, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.detach().abs().max())))
     finally:
         native.function.cache_clear()
 
@@ -170,21 +206,20 @@ def test_layouts_do_not_matter(op, native_only):
 
 @built
 @every_native_op
-def test_results_and_gradients_are_bit_equal_at_any_number_of_threads(op, native_only):
-    args, before, by_threads = example(op), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            by_threads.append(results(op, args))
-    finally:
-        torch.set_num_threads(before)
+@small_and_larger
+def test_results_and_gradients_are_bit_equal_at_any_number_of_threads(op, arguments, native_only, threads_for_all):
+    args, by_threads = arguments(op), []
+    for number in (1, 2, 5):
+        threads_for_all(number)
+        by_threads.append(results(op, args))
     assert same(by_threads[1], by_threads[0]) and same(by_threads[2], by_threads[0])
 
 
 @built
 @every_native_op
-def test_everything_that_is_returned_has_been_written(op, native_only):
-    args = example(op)
+@small_and_larger
+def test_everything_that_is_returned_has_been_written(op, arguments, native_only):
+    args = arguments(op)
     want = results(op, args)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
@@ -251,15 +286,11 @@ class Scanned(torch.utils.data.Dataset):
 
 
 @built
-def test_forked_loader_workers_compute_after_their_parent_has():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        want = selective_scan(*inputs())[0].sum()
-        loader = torch.utils.data.DataLoader(Scanned(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
-        assert torch.equal(torch.cat(list(loader)), want + torch.arange(4))
-    finally:
-        torch.set_num_threads(before)
+def test_forked_loader_workers_compute_after_their_parent_has(threads_for_all):
+    threads_for_all(2)
+    want = selective_scan(*inputs())[0].sum()
+    loader = torch.utils.data.DataLoader(Scanned(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(torch.cat(list(loader)), want + torch.arange(4))
 
 
 def test_a_module_that_is_read_again_registers_again():

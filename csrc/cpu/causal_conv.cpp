@@ -110,7 +110,8 @@ template <class T, int K, int V> void backward_inside(const Row<T>& row, const T
 template <class T, class F> void over_groups(int64_t B, int64_t D, int64_t threads, F f) {
   constexpr int64_t size = GROUP * WIDTH<T>;
   const int64_t groups = (D + size - 1) / size;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, B * groups);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < B * groups; task++) f(task / groups, task % groups * size, std::min(D, (task % groups + 1) * size));
 }
 

@@ -365,7 +365,8 @@ void over_groups(int64_t L, int64_t channels, int64_t taps, bool backward, int64
   const int64_t per_thread = (channels + threads * WIDTH<T> - 1) / (threads * WIDTH<T>);
   const int64_t fitting = GROUP_BYTES / (plan.n * (backward ? 6 : 3) * VECTOR_BYTES);
   const int64_t most = std::clamp<int64_t>(std::min(per_thread, fitting), 1, 4);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, (channels + most * WIDTH<T> - 1) / (most * WIDTH<T>));
+#pragma omp parallel num_threads(team) if (team > 1)
   {
     Group<T> group(plan, L, channels, taps, most, backward);
 #pragma omp for

@@ -93,7 +93,8 @@ void backward(
 }
 
 template <class F> void over_rows(int64_t B, int64_t threads, F f) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, (B + ROWS - 1) / ROWS);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t b = 0; b < B; b += ROWS) f(b, std::min(ROWS, B - b));
 }
 

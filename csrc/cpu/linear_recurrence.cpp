@@ -81,8 +81,10 @@ void backward(const T* a, const T* h, const T* h0, const T* gh, T* gx, T* ga, T*
 template <class T, class F> void over_tiles(int64_t B, int64_t D, int64_t threads, F f) {
   constexpr int64_t W = WIDTH<T>, tile = K * W;
   const int64_t tiles = (D + tile - 1) / tile;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, B * tiles);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < B * tiles; task++) {
+    const FlushTiny flush;
     const int64_t b = task / tiles, d = task % tiles * tile, n = d + tile < D ? tile : D - d, vectors = (n + W - 1) / W;
     with_lanes<T>(n - (vectors - 1) * W, [=](auto last) {
       switch (vectors) {

@@ -6,7 +6,7 @@
 //
 // The caller brings A times log2(e), so that e^{dt A} is 2^{dt A}.
 #include <algorithm>
-#include <vector>
+#include <new>
 
 #include "simd.h"
 
@@ -28,8 +28,9 @@ template <class T> void scatter(T* p, const Vector<T>* tile, int64_t N, int64_t 
 
 template <class T> struct Buffer {  // aligned, of vectors
   Vector<T>* data;
-  explicit Buffer(int64_t n) : data(static_cast<Vector<T>*>(std::aligned_alloc(64, (n * sizeof(Vector<T>) + 63) / 64 * 64))) {}
-  ~Buffer() { std::free(data); }
+  static constexpr std::align_val_t BORDER{sizeof(Vector<T>)};
+  explicit Buffer(int64_t n) : data(static_cast<Vector<T>*>(::operator new(n * sizeof(Vector<T>), BORDER))) {}
+  ~Buffer() { ::operator delete(data, BORDER); }
   Buffer(const Buffer&) = delete;
   Vector<T>* operator+(int64_t i) const { return data + i; }
 };
@@ -37,14 +38,14 @@ template <class T> struct Buffer {  // aligned, of vectors
 // NS states of one tile through all of time, added to what y holds unless these are the first ones. Inlined it takes 1.6 times as long.
 template <class T, int NS, class Lanes>
 __attribute__((noinline)) void forward(
-    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, Vector<T>* starts, int64_t stride,
-    bool first, int64_t L, int64_t E, int64_t N, Lanes lanes) {
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* D, Vector<T>* state, T* y, T* starts, bool first, int64_t L,
+    int64_t E, int64_t N, Lanes lanes) {
   Vector<T> h[NS], a[NS];
   for (int n = 0; n < NS; n++) h[n] = state[n], a[n] = A[n];
   const Vector<T> skip = load(D, lanes);
   for (int64_t t = 0; t < L; t++) {
     if (starts && t % CHUNK == 0)
-      for (int n = 0; n < NS; n++) starts[t / CHUNK * stride + n] = h[n];
+      for (int n = 0; n < NS; n++) store(starts + (t / CHUNK * N + n) * WIDTH<T>, h[n]);
     const Vector<T> d = load(dt + t * E, lanes), x = load(u + t * E, lanes), dx = d * x;
     Vector<T> out = first ? skip * x : load(y + t * E, lanes);
     const T *b = B + t * N, *c = C + t * N;
@@ -64,7 +65,8 @@ void forward_all(
     int64_t E, int64_t N, int64_t threads) {
   constexpr int64_t W = WIDTH<T>;
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, Bt * tiles);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < Bt * tiles; task++) {
     const FlushTiny flush;
     const int64_t row = task / tiles, e = task % tiles * W, lanes = std::min(W, E - e), at = row * L * E + e;
@@ -74,12 +76,12 @@ void forward_all(
       gather(h0 + (row * E + e) * N, h.data, N, lanes);
     else
       std::fill(h + 0, h + N, Vector<T>{});
-    Vector<T>* kept = starts ? reinterpret_cast<Vector<T>*>(starts) + task * chunks * N : nullptr;
+    T* kept = starts ? starts + task * chunks * N * W : nullptr;
     auto states = [&](auto NS, int64_t n) {
       with_lanes<T>(lanes, [&](auto lanes) {
         forward<T, NS>(
-            u + at, dt + at, a + n, B + row * L * N + n, C + row * L * N + n, D + e, h + n, y + at, kept ? kept + n : nullptr, N, n == 0, L, E,
-            N, lanes);
+            u + at, dt + at, a + n, B + row * L * N + n, C + row * L * N + n, D + e, h + n, y + at, kept ? kept + n * W : nullptr, n == 0, L, E, N,
+            lanes);
       });
     };
     int64_t n = 0;
@@ -104,10 +106,10 @@ template <class T> struct Sums {
 // Few states at a time, so that all of this stays in the innermost cache.
 template <class T, int NS, class Lanes>
 __attribute__((noinline)) void backward(
-    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* gy, const Vector<T>* start, const Sums<T>& sums, int64_t n0,
+    const T* u, const T* dt, const Vector<T>* A, const T* B, const T* C, const T* gy, const T* start, const Sums<T>& sums, int64_t n0,
     Vector<T>* carried, Vector<T>* of_A, int64_t steps, int64_t E, int64_t N, Lanes lanes) {
   Vector<T> h[CHUNK + 1][NS], decay[CHUNK][NS], a[NS];
-  for (int n = 0; n < NS; n++) h[0][n] = start[n], a[n] = A[n];
+  for (int n = 0; n < NS; n++) h[0][n] = load(start + n * WIDTH<T>), a[n] = A[n];
   for (int64_t t = 0; t < steps; t++) {
     const Vector<T> d = load(dt + t * E, lanes), dx = d * load(u + t * E, lanes);
     const T* b = B + t * N;
@@ -152,7 +154,8 @@ void backward_all(
   constexpr int64_t W = WIDTH<T>;
   constexpr T LN2 = T(0.69314718055994530942);
   const int64_t tiles = (E + W - 1) / W, chunks = (L + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+  const int team = team_for(threads, Bt * splits);
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t task = 0; task < Bt * splits; task++) {
     const FlushTiny flush;
     const int64_t row = task / splits, part = task % splits, first = tiles * part / splits, end = tiles * (part + 1) / splits;
@@ -172,11 +175,11 @@ void backward_all(
       const T *b = B + (row * L + t0) * N, *c = C + (row * L + t0) * N;
       for (int64_t k = first; k < end; k++) {
         const int64_t e = k * W, lanes = std::min(W, E - e), at = (row * L + t0) * E + e, i = (k - first) * N;
-        const Vector<T>* start = reinterpret_cast<const Vector<T>*>(starts) + ((row * tiles + k) * chunks + chunk) * N;
+        const T* start = starts + ((row * tiles + k) * chunks + chunk) * N * W;
         auto states = [&](auto NS, int64_t n) {
           with_lanes<T>(lanes, [&](auto lanes) {
             backward<T, NS>(
-                u + at, dt + at, a + i + n, b + n, c + n, gy + at, start + n, sums, n, carried + i + n, of_A + i + n, steps, E, N, lanes);
+                u + at, dt + at, a + i + n, b + n, c + n, gy + at, start + n * W, sums, n, carried + i + n, of_A + i + n, steps, E, N, lanes);
           });
         };
         int64_t n = 0;
@@ -205,7 +208,7 @@ void backward_all(
 
 }  // namespace
 
-// starts: null without gradients, else (Bt, tiles, chunks, N, WIDTH). Per row come gA (Bt, E, N) and gD (Bt, E), per row and
+// starts: null without gradients, else (Bt, tiles, chunks, N, WIDTH), at any address. N > 0. Per row come gA (Bt, E, N) and gD (Bt, E), per row and
 // part gB and gC (splits, Bt, L, N); the caller adds them up. gA is the gradient of A itself, not of A log2(e).
 #define DEFINE(NAME, T)                                                                                                                   \
   EXPORT void selective_scan_##NAME(                                                                                                      \

@@ -125,12 +125,14 @@ template <class T> void backward(const T* w, const T* c, const T* g, T* gw, T* g
 
 #define DEFINE(NAME, T)                                                                                                                   \
   EXPORT void ssm_kernel_##NAME(const T* w, const T* c, T* K, int64_t H, int64_t N, int64_t L, int64_t threads) {                         \
-    _Pragma("omp parallel for num_threads(threads) if (threads > 1)")                                                                     \
+    const int team = team_for(threads, H);                                                                                                \
+    _Pragma("omp parallel for num_threads(team) if (team > 1)")                                                                           \
     for (int64_t h = 0; h < H; h++) forward<T>(w + 2 * h * N, c + 2 * h * N, K + h * L, N, L);                                            \
   }                                                                                                                                       \
   EXPORT void ssm_kernel_backward_##NAME(                                                                                                 \
       const T* w, const T* c, const T* g, T* gw, T* gc, int64_t H, int64_t N, int64_t L, int64_t threads) {                               \
-    _Pragma("omp parallel for num_threads(threads) if (threads > 1)")                                                                     \
+    const int team = team_for(threads, H);                                                                                                \
+    _Pragma("omp parallel for num_threads(team) if (team > 1)")                                                                           \
     for (int64_t h = 0; h < H; h++)                                                                                                       \
       backward<T>(w + 2 * h * N, c + 2 * h * N, g + h * L, gw + 2 * h * N, gc + 2 * h * N, N, L);                                         \
   }

@@ -81,7 +81,7 @@ def torch_backend(x: Tensor, w: Tensor, bias: Tensor, state: Tensor, dilation: i
 def native_backend(x: Tensor, w: Tensor, bias: Tensor, state: Tensor, dilation: int) -> Tensor:
     x, w, bias, state = (t.contiguous() for t in (x, w, bias, state))
     y = torch.empty_like(x)
-    native.call("causal_conv", x.dtype, x, w, bias, state, y, dilation, *x.shape, w.shape[0])
+    native.call("causal_conv", x.dtype, x, w, bias, state, y, dilation, *x.shape, w.shape[0], work=x.numel() * (4 + w.shape[0]))
     return y
 
 
@@ -96,7 +96,7 @@ def backward_op(gy: Tensor, x: Tensor, w: Tensor, state: Tensor, dilation: int) 
     gy, x, w, state = (t.contiguous() for t in (gy, x, w, state))
     (B, L, D), K = x.shape, w.shape[0]
     gx, gstate, gw, gbias = torch.empty_like(x), torch.empty_like(state), x.new_empty(B, K, D), x.new_empty(B, D)
-    native.call("causal_conv_backward", x.dtype, x, w, state, gy, gx, gstate, gw, gbias, dilation, B, L, D, K)
+    native.call("causal_conv_backward", x.dtype, x, w, state, gy, gx, gstate, gw, gbias, dilation, B, L, D, K, work=2 * x.numel() * (4 + K))
     return gx, gw.sum(0), gbias.sum(0), gstate
 
 

@@ -152,7 +152,8 @@ def native_forward(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, 
     phases = drive.new_zeros(B, L + 1, pitch)
     phases[:, 0, :H] = theta0
     torch.add(drive, omega, out=phases[:, 1:, :H]).mul_(dt)
-    native.call("kuramoto_scan", drive.dtype, phases, F.pad((dt * kappa[:, None] * W).T, (0, pitch - H)).contiguous(), B, L, H, pitch)
+    pull = F.pad((dt * kappa[:, None] * W).T, (0, pitch - H)).contiguous()
+    native.call("kuramoto_scan", drive.dtype, phases, pull, B, L, H, pitch, work=drive.numel() * (2 * H + 20))
     return phases[..., :H].contiguous()
 
 
@@ -212,9 +213,9 @@ def native_adjoints(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: 
     adjoints, of_gain = phases.new_zeros(B, steps, pitch), phases.new_empty(B, pitch)
     adjoints[..., :H] = grad
     pull, push, gain = (F.pad(t, pad).contiguous() for t in (W.T, dt * kappa[:, None] * W, dt * kappa))
-    native.call(
-        "kuramoto_scan_backward", phases.dtype, adjoints, F.pad(phases, pad).contiguous(), pull, push, gain, of_gain, B, steps - 1, H, pitch
-    )
+    phases = F.pad(phases, pad).contiguous()
+    sizes, work = (B, steps - 1, H, pitch), grad.numel() * (4 * H + 30)
+    native.call("kuramoto_scan_backward", phases.dtype, adjoints, phases, pull, push, gain, of_gain, *sizes, work=work)
     return adjoints[..., :H], dt * of_gain[:, :H].sum(0)
 
 

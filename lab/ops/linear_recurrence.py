@@ -22,6 +22,7 @@ from lab.ops import native
 from lab.ops.backend import Backend, Op, exporting
 from lab.ops.complex import multiply
 
+MEMORY = 8  # multiply-adds in the time of an element, which is that of reading and writing it
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -144,7 +145,7 @@ def forward_op(a: Tensor, x: Tensor, h0: Tensor, backend: str) -> Tensor:
     B, L, D = x.shape
     a, x, h0 = (t.resolve_conj().contiguous() for t in (a, x, h0))
     h = torch.empty_like(x)
-    native.call("linear_recurrence", x.dtype, a, x, h0, h, int(a.ndim == 3), B, L, D * (1 + x.is_complex()))
+    native.call("linear_recurrence", x.dtype, a, x, h0, h, int(a.ndim == 3), B, L, D * (1 + x.is_complex()), work=MEMORY * x.numel())
     return h
 
 
@@ -166,7 +167,22 @@ def backward_op(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, backend: str) ->
         return (g_a if per_step else g_a.sum((0, 1))), g_x, g_h0
     grad, a, h, h0 = (t.resolve_conj().contiguous() for t in (grad, a, h, h0))
     g_x, g_a, g_h0 = torch.empty_like(h), torch.empty_like(h if per_step else h0), torch.empty_like(h0)
-    native.call("linear_recurrence_backward", h.dtype, a, h, h0, grad, g_x, g_a, g_h0, int(per_step), B, L, D * (1 + h.is_complex()))
+    native.call(
+        "linear_recurrence_backward",
+        h.dtype,
+        a,
+        h,
+        h0,
+        grad,
+        g_x,
+        g_a,
+        g_h0,
+        int(per_step),
+        B,
+        L,
+        D * (1 + h.is_complex()),
+        work=2 * MEMORY * h.numel(),
+    )
     return (g_a if per_step else g_a.sum(0)), g_x, g_h0
 
 

@@ -23,6 +23,9 @@ from lab.ops.backend import exporting
 FOLDER = Path(__file__).parent
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.complex64: "complex64", torch.complex128: "complex128"}
 
+# Multiply-adds for each thread, about 100 microseconds. To wake a thread takes 5, or 10,000 where its core has other work: a decode step
+# must not wait for that.
+GRAIN = 1 << 20
 _threads: int | None = None  # a limit on the kernels' threads: 1 in a forked process
 
 
@@ -76,9 +79,19 @@ def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.fl
     return None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> int:
-    """name_dtype(pointers and integers ..., threads). Tensors must be contiguous, on the CPU and of `dtype`; None is a null pointer."""
-    return _call(function(f"{name}_{NAMES[dtype]}"), name, dtype, arguments)
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, work: int) -> int:
+    """name_dtype(pointers and integers ..., threads). Tensors must be contiguous, on the CPU and of `dtype`; None is a null pointer.
+    work: about how many multiply-adds the call takes, for `threads_for`."""
+    return _call(function(f"{name}_{NAMES[dtype]}"), name, dtype, arguments, threads_for(work))
+
+
+def threads_for(work: int) -> int:
+    """The threads for so many multiply-adds: torch's number at most, and each of them has GRAIN to do. Results do not depend on it."""
+    return max(1, min(allowed_threads(), work // GRAIN))
+
+
+def allowed_threads() -> int:
+    return _threads or torch.get_num_threads()
 
 
 @cache
@@ -90,7 +103,7 @@ def function(name: str) -> Any:
     return loaded
 
 
-def _call(run: Any, name: str, dtype: torch.dtype, arguments: Sequence[Tensor | int | None]) -> int:
+def _call(run: Any, name: str, dtype: torch.dtype, arguments: Sequence[Tensor | int | None], threads: int) -> int:
     values: list[Any] = []
     for i, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
@@ -102,7 +115,6 @@ def _call(run: Any, name: str, dtype: torch.dtype, arguments: Sequence[Tensor | 
             values.append(ctypes.c_void_p(argument.data_ptr()))
         else:
             values.append(argument if argument is None else ctypes.c_int64(argument))
-    threads = _threads or torch.get_num_threads()
     return run(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
 
 
@@ -136,11 +148,11 @@ class Library:
         return f'{self.file.name} has no function {missing[0]} (is it extern "C"?)' if missing else None
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
-        """As `native.call`, of this library."""
+        """As `native.call`, of this library, with all the threads that torch has."""
         library, says = self.loaded
         if library is None:
             raise RuntimeError(says)
-        _call(getattr(library, f"{name}_{NAMES[dtype]}"), name, dtype, arguments)
+        _call(getattr(library, f"{name}_{NAMES[dtype]}"), name, dtype, arguments, allowed_threads())
 
     @cached_property
     def loaded(self) -> tuple[ctypes.CDLL | None, str]:

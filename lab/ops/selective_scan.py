@@ -35,6 +35,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u, dt, z (Bt, L, E), A (E, N) with real part <= 0, B, C (Bt, L, N), D (E,), h0 (Bt, E, N) or None for zeros
     -> y (Bt, L, E) in the dtype of u, last (Bt, E, N), the state after the last real token, number lengths[b] (Bt,) or L.
+    y of padding means nothing.
 
     dt >= 0. Computes in float32 or, given any float64, in float64. Differentiable once in every tensor.
     """
@@ -44,11 +45,14 @@ def selective_scan(
         if t is not None and t.shape != shape:
             given = f"u {tuple(u.shape)} and A {tuple(A.shape)}"
             raise ValueError(f"selective_scan: with {given}, {name} must be {shape}, got {tuple(t.shape)}")
+    if not N:
+        raise ValueError(f"selective_scan: A {tuple(A.shape)} has no states, d_state must be at least 1")
     double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in (u, dt, A, B, C, D, h0))
     real = torch.float64 if double else torch.float32
     state = (torch.complex128 if double else torch.complex64) if A.is_complex() else real
-    if lengths is not None:  # with dt = 0 a step keeps the state
-        dt = dt * (torch.arange(L, device=dt.device) < lengths.to(dt.device)[:, None])[..., None]
+    if lengths is not None:  # with dt = 0 a step keeps the state; whatever the padding holds, NaN too, must not reach it
+        padding = (torch.arange(L, device=u.device) >= lengths.to(u.device)[:, None])[..., None]
+        u, dt, B = (t.masked_fill(padding, 0) for t in (u, dt, B))
     start = torch.zeros(Bt, E, N, dtype=state, device=u.device) if h0 is None else h0.to(state)
     y, last = SELECTIVE_SCAN(u.to(real), dt.to(real), A.to(state), B.to(state), C.to(state), D.to(real), start)
     y = y.to(u.dtype)
@@ -139,7 +143,25 @@ def forward_op(
         u, dt, B, C, D, h0 = (t.contiguous() for t in (u, dt, B, C, D, h0))
         y, last = torch.empty_like(u), torch.empty_like(h0)
         starts = u.new_empty(native_starts(u, N) if keep else 0)
-        native.call("selective_scan", u.dtype, u, dt, base_2(A), B, C, D, h0, y, last, starts if keep else None, Bt, L, E, N)
+        native.call(
+            "selective_scan",
+            u.dtype,
+            u,
+            dt,
+            base_2(A),
+            B,
+            C,
+            D,
+            h0,
+            y,
+            last,
+            starts if keep else None,
+            Bt,
+            L,
+            E,
+            N,
+            work=12 * u.numel() * N,
+        )
         return y, last, starts
     h, ys, kept = h0, [D * u[:, :0]], [h0]
     for t in range(0, L, CHUNK):
@@ -169,14 +191,35 @@ def backward_op(
     """Gradients of y and last -> those of u, dt, A, B, C, D, h0."""
     (Bt, L, E), N = u.shape, A.shape[1]
     if backend == "native":
-        u, dt, B, C, D, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, gy, glast))
+        u, dt, B, C, D, starts, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, starts, gy, glast))
+        if starts.shape != native_starts(u, N):  # the kernel would read beyond its end
+            raise ValueError(f"selective_scan: the saved states must be {native_starts(u, N)}, got {tuple(starts.shape)}")
         parts = max(
             1, min(16 // max(Bt, 1), E // 64)
         )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
         grads = (gu, gdt, gA, gB, gC, gD, gh0)
-        native.call("selective_scan_backward", u.dtype, u, dt, base_2(A), B, C, D, starts, gy, glast, *grads, parts, Bt, L, E, N)
+        native.call(
+            "selective_scan_backward",
+            u.dtype,
+            u,
+            dt,
+            base_2(A),
+            B,
+            C,
+            D,
+            starts,
+            gy,
+            glast,
+            *grads,
+            parts,
+            Bt,
+            L,
+            E,
+            N,
+            work=24 * u.numel() * N,
+        )
         return [gu, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gh0]
     gu, gdt, gA, gB, gC, gh = *(torch.zeros_like(t) for t in (u, dt, A, B, C)), glast
     for t in reversed(range(0, L, CHUNK)):

@@ -47,7 +47,7 @@ def torch_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
 @torch.library.custom_op("lab::ssm_kernel", mutates_args=())
 def native_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
     K = w.new_empty(w.shape[0], length)
-    native.call("ssm_kernel", w.dtype, w.contiguous(), c.contiguous(), K, w.shape[0], w.shape[1], length)
+    native.call("ssm_kernel", w.dtype, w.contiguous(), c.contiguous(), K, w.shape[0], w.shape[1], length, work=2 * w.numel() * length)
     return K
 
 
@@ -61,7 +61,7 @@ def backward_op(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """g (H, L) of K -> gradients of w and c."""
     w, c, g = (t.contiguous() for t in (w, c, g))
     gw, gc = torch.empty_like(w), torch.empty_like(c)
-    native.call("ssm_kernel_backward", g.dtype, w, c, g, gw, gc, w.shape[0], w.shape[1], g.shape[1])
+    native.call("ssm_kernel_backward", g.dtype, w, c, g, gw, gc, w.shape[0], w.shape[1], g.shape[1], work=4 * w.numel() * g.shape[1])
     return gw, gc
 
 
