@@ -218,12 +218,13 @@ def test_results_and_gradients_are_bit_equal_at_any_number_of_threads(op, argume
 @built
 @every_native_op
 @small_and_larger
-def test_everything_that_is_returned_has_been_written(op, arguments, native_only):
+def test_everything_that_is_returned_has_been_written(op, arguments, native_only, monkeypatch):
     args = arguments(op)
     want = results(op, args)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # a training of another test has set it to False
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        assert torch.empty(1).isnan()
         assert same(results(op, args), want)
     finally:
         torch.use_deterministic_algorithms(False)
