@@ -34,6 +34,13 @@ def test_causal_conv_carries_its_tail_over_ragged_rows():
         torch.testing.assert_close(rest, whole[b : b + 1, n:])
 
 
+def test_causal_conv_refuses_integers_and_no_taps():
+    with pytest.raises(ValueError, match="causal_conv: x must hold floating point numbers, as y takes its dtype; got torch.int64"):
+        causal_conv(torch.ones(1, 4, 3, dtype=torch.long), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"causal_conv: w \(0, 3\) has no taps, it must have at least 1"):
+        causal_conv(torch.ones(1, 4, 3), torch.ones(0, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("H", "N", "L"), [(1, 1, 1), (3, 5, 40), (2, 32, 1000), (4, 8, 0)])
 @pytest.mark.parametrize("name", of(ssm_kernel))

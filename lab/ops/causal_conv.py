@@ -40,6 +40,10 @@ def causal_conv(
             f"({B}, {tail}, {D}); got bias {None if bias is None else tuple(bias.shape)}, dilation {dilation}, "
             f"state {None if state is None else tuple(state.shape)}"
         )
+    if not K:
+        raise ValueError(f"causal_conv: w {tuple(w.shape)} has no taps, it must have at least 1")
+    if not x.is_floating_point():
+        raise ValueError(f"causal_conv: x must hold floating point numbers, as y takes its dtype; got {x.dtype}")
     dtype = torch.float32
     for t in (x, w, bias, state):
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
