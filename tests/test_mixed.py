@@ -131,6 +131,27 @@ def test_a_mistake_between_two_values_names_one_of_them(folder):
         train(compose([*SHORT, "model=mamba_attention", "model.n_layers=3"]))
 
 
+@pytest.mark.parametrize("kind", ["s4d", "s5"])
+def test_a_layer_that_reads_the_future_is_refused_where_the_next_token_is_the_target(folder, kind):
+    words = [*SHORT, "model=mamba_attention", f"mixer@model.mixer.mamba={kind}", "model.mixer.mamba.bidirectional=true"]
+    with pytest.raises(ConfigError) as error:
+        train(compose(words))
+    assert str(error.value) == (
+        "model.mixer.mamba.bidirectional (command line): the model reads the future, and task CopyReverse predicts the next token; "
+        "it must be false"
+    )
+    assert not (folder / "runs").exists()
+    train(compose([*words, "model.mixer.mamba.bidirectional=false", "trainer.max_steps=1"]))
+
+
+def test_a_mixer_of_the_users_own_that_reads_the_future(folder, monkeypatch):
+    (folder / "future.py").write_text("import lab\nclass Mean(lab.mixers.Attention):\n    causal = False\n")
+    monkeypatch.syspath_prepend(folder)
+    own = ["model=transformer", "+model.mixer._target_=future.Mean"]
+    with pytest.raises(ConfigError, match=r"^model \(.*: the model reads the future, and task CopyReverse predicts the next token$"):
+        train(compose([*SHORT, *own]))
+
+
 @pytest.mark.parametrize("model", ["mamba_attention", "mine"])
 def test_a_run_resumes_to_the_same_weights(folder, model):
     words = [*SHORT, f"model={model}"]

@@ -86,6 +86,7 @@ class Stack(SequenceModel):
         self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight
+        self.causal = all(mixer.causal for mixer in self.mixers)
         self.loss_names = tuple(dict.fromkeys(name for layer in self.mixers for name in layer.loss_names))
 
     def forward(
