@@ -111,6 +111,36 @@ def test_a_wrong_init_method_is_told(make):
         make(8, init_method="hippo")
 
 
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize(
+    ("dt_min", "dt_max"), [(0.1, 0.01), (0.0, 0.1), (-1.0, 0.1), (math.nan, 0.1), (0.1, math.inf)], ids=lambda value: str(value)
+)
+def test_time_steps_that_cannot_be(make, dt_min, dt_max):
+    told = rf"^{make.__name__}: dt_min={dt_min} and dt_max={dt_max} must be above 0, and dt_max not below dt_min$"
+    with pytest.raises(ValueError, match=told):
+        make(8, dt_min=dt_min, dt_max=dt_max)
+    make(8, dt_min=0.1, dt_max=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "told"),
+    [
+        *((make, {"d_model": 0}, "d_model=0 must be at least 1") for make in LAYERS),
+        *((make, {"rate": rate}, f"rate={rate} must be above 0") for make in LTI for rate in (0.0, -1.0)),
+        (S5Layer, {"d_state": -4}, "d_state=-4 must be at least 1"),
+        (S5Layer, {"blocks": 0}, "blocks=0 must be at least 1"),
+        *(
+            (MambaLayer, {name: 0}, f"{name}=0 must be at least 1")
+            for name in ("d_state", "d_conv", "dt_rank", "expand_factor", "n_layers")
+        ),
+        (MambaLayer, {"d_conv": 2.5}, "d_conv=2.5 must be an integer"),
+    ],
+)
+def test_arguments_that_cannot_be(make, arguments, told):
+    with pytest.raises(ValueError, match=f"^{make.__name__}: {told}$"):
+        make(**{"d_model": 8} | arguments)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_start_as_documented(method):
     torch.manual_seed(0)

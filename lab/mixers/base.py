@@ -6,8 +6,10 @@ through `__call__`, so that hooks, `torch.compile`, FLOP counters and DDP see it
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -43,19 +45,23 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_at_least(owner: str, minimum: int, **values: int) -> None:
-    """ValueError for the first of the named values that is smaller."""
+    """ValueError for the first of the named arguments that is smaller, or no integer."""
     for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{owner}: {name}={value!r} must be an integer")
         if value < minimum:
             raise ValueError(f"{owner}: {name}={value} must be at least {minimum}")
 
 
-def check_time_steps(owner: str, dt_min: float, dt_max: float) -> None:
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f"{owner}: dt_min={dt_min} and dt_max={dt_max} must be positive, dt_min the smaller one")
+def check_time_steps(owner: str, dt_min: float, dt_max: float, rate: float = 1.0) -> None:
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"{owner}: dt_min={dt_min} and dt_max={dt_max} must be above 0, and dt_max not below dt_min")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{owner}: rate={rate} must be above 0")
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes a sequence over time, causally unless `causal` says otherwise. Nothing a call does is kept on the module: the state goes in and comes out."""
+    """Mixes a sequence over time. Nothing a call does is kept on the module: the state goes in and comes out."""
 
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that `want=("losses",)` returns
     causal: bool = True  # False: y depends on later tokens too, so there is no state, no step and no next-token task

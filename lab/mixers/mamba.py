@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import Mixer, Output, State, at_least_float32, state_type
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import causal_conv, selective_scan
 
 
@@ -39,8 +39,11 @@ class MambaLayer(Mixer):
         n_layers: int = 1,
     ) -> None:
         super().__init__()
+        check_at_least("MambaLayer", 1, d_model=d_model, d_state=d_state, expand_factor=expand_factor, d_conv=d_conv, n_layers=n_layers)
+        check_time_steps("MambaLayer", dt_min, dt_max)
         self.d_inner, self.d_state, self.d_conv = expand_factor * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        check_at_least("MambaLayer", 1, dt_rank=self.dt_rank)
         self.init_method, self.dt_min, self.dt_max, self.n_layers = init_method, dt_min, dt_max, n_layers
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the weights; causal_conv computes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import Mixer, Output, State, at_least_float32, state_type
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import fft_conv, linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
@@ -41,6 +41,8 @@ class S4DLayer(Mixer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least("S4DLayer", 1, d_model=d_model)
+        check_time_steps("S4DLayer", dt_min, dt_max, rate)
         self.init_method, self.dt_min, self.dt_max, self.rate, self.bidirectional = init_method, dt_min, dt_max, rate, bidirectional
         self.causal = not bidirectional
         self.n = len(eigenvalues(init_method, d_state))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
-from lab.mixers.base import Mixer, Output, State, at_least_float32, state_type
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.mixers.s4d import reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
@@ -38,7 +38,9 @@ class S5Layer(Mixer):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
-        if blocks < 1 or d_state % (2 * blocks):
+        check_at_least("S5Layer", 1, d_model=d_model, d_state=d_state, blocks=blocks)
+        check_time_steps("S5Layer", dt_min, dt_max, rate)
+        if d_state % (2 * blocks):
             raise ValueError(f"S5Layer: d_state={d_state} must be a multiple of 2 blocks={2 * blocks}")
         self.d_state, self.blocks, self.init_method = d_state, blocks, init_method
         self.dt_min, self.dt_max, self.rate, self.bidirectional = dt_min, dt_max, rate, bidirectional
