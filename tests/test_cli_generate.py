@@ -177,6 +177,19 @@ def test_a_command_with_bytes_that_are_no_text(folder, command):
     assert done.stdout.decode() == want.encode("ascii", "replace").decode() + "\n"
 
 
+def test_a_model_that_reads_the_future_labels_but_does_not_generate(folder, say):
+    """A user's own data set may have such a model: it trains and is validated, and lab-generate says what it cannot do."""
+    (folder / "labels.py").write_text(
+        "class Data(list):\n    def __init__(self):\n        super().__init__([([3, 4, 5], [5, 3, 4])] * 32)\n"
+    )
+    task = ["task=dataset", "task.vocab_size=9", "task.seq_len=3", *(f"+task.{split}._target_=labels.Data" for split in ("train", "val"))]
+    of_model = ["model=s4d_tiny", "model.d_model=8", "model.n_layers=1", "model.mixer.d_state=4", "model.mixer.bidirectional=true"]
+    kept = [word for word in TINY if not word.startswith(("task.", "model."))]
+    train(compose([*kept, *task, *of_model, "~logger", "run_dir=labels"]))
+    code, _, line = say("labels", "--prompt", "5", "--trust", "labels")
+    assert (code, line) == (2, "lab-generate: labels: its model reads the future, so it cannot go on from a prompt\n")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -80,9 +80,14 @@ def test_kwargs_win_and_are_left_alone():
     [
         (("mambo",), "architecture mambo does not exist; did you mean mamba? valid: lot, mamba, s4d, s5, transformer"),
         (("rnn",), "architecture rnn does not exist; valid: lot, mamba, s4d, s5, transformer"),
+        ((None,), "architecture None does not exist; valid: lot, mamba, s4d, s5, transformer"),
+        ((["mamba"],), "architecture ['mamba'] does not exist; did you mean mamba? valid: lot, mamba, s4d, s5, transformer"),
         (("mamba", "s6"), "ssm_layer s6 does not exist; valid: mamba, s4, s4d, s5"),
-        (("h3", "s4d"), "architecture h3 is not there yet; there are the architectures lot, mamba, s4d, s5, transformer"),
-        (("mamba", "s4"), "ssm_layer s4 is not there yet"),
+        (("h3", "s4d"), "architecture h3 is not there yet; there are lot, mamba, s4d, s5, transformer"),
+        (("mamba", "s4"), "mamba has no place for an ssm_layer, got s4; leave it out"),
+        (("mamba", [3]), "architecture_kwargs must be a dict of arguments, got [3]"),
+        (("mamba", None, [3]), "layer_kwargs must be a dict of arguments, got [3]"),
+        (("mamba", None, {3: 3}), "layer_kwargs 3 does not exist; valid: d_conv, d_state, dt_max, "),
         (("mamba", "s4d"), "mamba has no place for an ssm_layer, got s4d; leave it out"),
         (("transformer",), 'a transformer of kind encoder_decoder is not there yet; architecture_kwargs={"kind": "decoder"} is'),
         (("transformer", {"kind": "decode"}), "kind decode does not exist; did you mean decoder? valid: decoder, encoder, encoder_decoder"),
@@ -102,6 +107,23 @@ def test_mistakes_are_told(arguments, sentence):
     with pytest.raises(ValueError) as error:
         create_model(name, ssm_layer, architecture_kwargs=of_stack, layer_kwargs=of_layer)
     assert str(error.value).startswith(f"create_model: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"d_model": "abc"}, "d_model='abc' must be an integer"),
+        ({"d_model": -1}, "d_model=-1 must be at least 1"),
+        ({"d_model": 16.0}, "d_model=16.0 must be an integer"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"dropout": "0.1"}, "dropout='0.1' must be a number from 0 to 1"),
+        ({"dropout": 1.5}, "dropout=1.5 must be a number from 0 to 1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_told(arguments, sentence):
+    with pytest.raises(ValueError) as error:
+        create_model("mamba", **arguments)
+    assert str(error.value) == f"create_model: {sentence}"
 
 
 def test_every_documented_architecture_is_there_or_said_to_come():

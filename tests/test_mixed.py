@@ -70,7 +70,8 @@ def test_losses_and_records_are_those_of_the_layers_that_have_them():
         ({"mixer": NAMED}, "pattern is missing; it says which of ssm, lattice, attention each layer has, such as"),
         ({"mixer": NAMED, "pattern": ["ssm", "latice"]}, r"pattern has latice, but there is no mixer of that name; did you mean lattice\?"),
         ({"mixer": NAMED, "pattern": ["ssm", "ssm"]}, "n_layers=3 must be a multiple of the length of pattern, 2, which repeats"),
-        ({"mixer": NAMED, "pattern": []}, "n_layers=3 must be a multiple of the length of pattern, 0"),
+        ({"mixer": NAMED, "pattern": []}, "pattern is empty; it must say which mixer the layers have"),
+        ({"mixer": []}, "mixer is empty; it must say which mixer the layers have"),
         ({"mixer": [S4DLayer] * 6}, "n_layers=3 must be a multiple of the length of mixer, 6"),
         ({"mixer": S4DLayer, "pattern": ["ssm"]}, "pattern chooses among mixers that have names, and here mixer has none"),
     ],
@@ -129,6 +130,27 @@ def test_mistakes_in_yaml_are_told(folder, words, sentence):
 def test_a_mistake_between_two_values_names_one_of_them(folder):
     with pytest.raises(ConfigError, match=r"^model.n_layers \(command line\): Stack: n_layers=3 must be a multiple of .* pattern, 2"):
         train(compose([*SHORT, "model=mamba_attention", "model.n_layers=3"]))
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s5"])
+def test_a_layer_that_reads_the_future_is_refused_where_the_next_token_is_the_target(folder, kind):
+    words = [*SHORT, "model=mamba_attention", f"mixer@model.mixer.mamba={kind}", "model.mixer.mamba.bidirectional=true"]
+    with pytest.raises(ConfigError) as error:
+        train(compose(words))
+    assert str(error.value) == (
+        "model.mixer.mamba.bidirectional (command line): the model reads the future, and task CopyReverse predicts the next token; "
+        "it must be false"
+    )
+    assert not (folder / "runs").exists()
+    train(compose([*words, "model.mixer.mamba.bidirectional=false", "trainer.max_steps=1"]))
+
+
+def test_a_mixer_of_the_users_own_that_reads_the_future(folder, monkeypatch):
+    (folder / "future.py").write_text("import lab\nclass Mean(lab.mixers.Attention):\n    causal = False\n")
+    monkeypatch.syspath_prepend(folder)
+    own = ["model=transformer", "+model.mixer._target_=future.Mean"]
+    with pytest.raises(ConfigError, match=r"^model \(.*: the model reads the future, and task CopyReverse predicts the next token$"):
+        train(compose([*SHORT, *own]))
 
 
 @pytest.mark.parametrize("model", ["mamba_attention", "mine"])

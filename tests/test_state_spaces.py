@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lab.analysis.conformance import randomise
+from lab.export.graphs import graphs
 from lab.layers.hippo import Hippo, InitMethod, diagonalise, eigenvalues, hippo
 from lab.mixers import MambaLayer, S4DLayer, S5Layer
 from lab.models import Stack
@@ -108,6 +109,36 @@ def test_states_come_in_pairs(make, d_state):
 def test_a_wrong_init_method_is_told(make):
     with pytest.raises(ValueError, match="init_method='hippo'; expected legs, legt, fourier, lin, inv, real"):
         make(8, init_method="hippo")
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize(
+    ("dt_min", "dt_max"), [(0.1, 0.01), (0.0, 0.1), (-1.0, 0.1), (math.nan, 0.1), (0.1, math.inf)], ids=lambda value: str(value)
+)
+def test_time_steps_that_cannot_be(make, dt_min, dt_max):
+    told = rf"^{make.__name__}: dt_min={dt_min} and dt_max={dt_max} must be above 0, and dt_max not below dt_min$"
+    with pytest.raises(ValueError, match=told):
+        make(8, dt_min=dt_min, dt_max=dt_max)
+    make(8, dt_min=0.1, dt_max=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "told"),
+    [
+        *((make, {"d_model": 0}, "d_model=0 must be at least 1") for make in LAYERS),
+        *((make, {"rate": rate}, f"rate={rate} must be above 0") for make in LTI for rate in (0.0, -1.0)),
+        (S5Layer, {"d_state": -4}, "d_state=-4 must be at least 1"),
+        (S5Layer, {"blocks": 0}, "blocks=0 must be at least 1"),
+        *(
+            (MambaLayer, {name: 0}, f"{name}=0 must be at least 1")
+            for name in ("d_state", "d_conv", "dt_rank", "expand_factor", "n_layers")
+        ),
+        (MambaLayer, {"d_conv": 2.5}, "d_conv=2.5 must be an integer"),
+    ],
+)
+def test_arguments_that_cannot_be(make, arguments, told):
+    with pytest.raises(ValueError, match=f"^{make.__name__}: {told}$"):
+        make(**{"d_model": 8} | arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -227,10 +258,14 @@ def test_both_directions(make):
     padded = layer(torch.where(torch.arange(19)[:, None] < lengths[:, None, None], x, 100.0), lengths=lengths)
     torch.testing.assert_close(padded[0], want[0])
     torch.testing.assert_close(padded[1, :7], layer(x[1:, :7])[0])
-    with pytest.raises(ValueError, match="bidirectional=True reads the whole sequence, so it has no state and no step"):
-        layer(x, want=("state",))
-    with pytest.raises(NotImplementedError, match="so it has no state and no step"):
-        layer.init_state(2)
+    for call in (partial(layer, x, want=("state",)), partial(layer.init_state, 2)):
+        with pytest.raises(NotImplementedError, match="Layer reads the whole sequence, the future too, so it has no state and no step"):
+            call()
+    assert not layer.causal and make(8, d_state=8).causal
+    mixed = {"both": partial(make, d_state=8, bidirectional=True), "one": partial(make, d_state=8)}
+    models = [Stack(11, 8, 2, mixed, pattern=pattern, position="none") for pattern in (["one"], ["one", "both"])]
+    assert [model.causal for model in models] == [True, False]
+    assert [[graph.name for graph in graphs(model).graphs] for model in models] == [["sequence", "prefill", "step"], ["sequence"]]
 
 
 # Change of sampling rate
@@ -296,6 +331,41 @@ def test_autocast(make):
     assert all(t.dtype == torch.float32 for t in out.state.values())
     out.y.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+BOTH_WAYS = [partial(make, bidirectional=True) for make in LTI]
+
+
+@pytest.mark.parametrize("make", [*LAYERS, *BOTH_WAYS])
+def test_double_precision(make):
+    """Gradients hold to what float32 could not show, and steps give the outputs of forward as exactly."""
+    layer, x = make(4, d_state=4).double(), sequence(L=5, D=4).double()
+    randomise(layer, 0)
+    assert torch.autograd.gradcheck(layer, x.requires_grad_(), eps=1e-6, atol=1e-8, rtol=1e-6)
+    parameters = dict(layer.named_parameters())
+    names = ["A_log", "D", "dt_proj.bias"] if "A_log" in parameters else ["log_A_re", "A_im", "log_dt", "C", "D"]
+
+    def of_parameters(*values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x.detach(),))
+
+    assert torch.autograd.gradcheck(of_parameters, [parameters[name] for name in names], eps=1e-6, atol=1e-8, rtol=1e-6)
+    if not layer.causal:
+        return
+    state = layer.init_state(2)
+    with torch.no_grad():
+        want = layer(x)
+        for start, stop in ((0, 2), (2, 3), (3, 5)):
+            assert all(t.dtype == torch.float64 for t in state.values())
+            out = layer(x[:, start:stop], state, want=("state",))
+            state = out.state
+            torch.testing.assert_close(out.y, want[:, start:stop], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_an_empty_state_has_the_type_that_is_asked_for(make):
+    of = {dtype: {t.dtype for t in make(4, d_state=4).init_state(2, dtype=dtype).values()} for dtype in (torch.bfloat16, torch.float64)}
+    assert of == {torch.bfloat16: {torch.float32}, torch.float64: {torch.float64}}
+    assert {t.dtype for t in make(4, d_state=4).bfloat16().init_state(2).values()} == {torch.float32}
 
 
 def test_what_state_spaces_learn_slowly_and_without_decay():

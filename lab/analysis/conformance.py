@@ -25,8 +25,10 @@ from lab.models import SequenceModel, evaluating
 
 RTOL, ATOL = 1e-4, 1e-5  # float32; the same sums in another order
 TIME_STEPS = (-6.0, 3.0)  # biases of time steps: from 1/400 to 20 (as an exponential) or 3 (as a softplus)
-BORDERS = tuple(n for border in (16, 32, 48, 64, 128, 256) for n in (border - 1, border, border + 1))
-"""The kernels keep or restart their states every 16 or 32 steps, in PyTorch every 64; a prefill of S4D goes by 256."""
+BORDERS = tuple(n for border in (3, 16, 32, 48, 64, 67, 128, 131, 256, 512) for n in (border - 1, border, border + 1))
+"""The scans keep or restart their states every 16 steps, in PyTorch every 64. The kernel of S4D restarts every 32 vectors: every 128, 256
+or 512 steps, by the width of the machine's; its prefill goes by 256. A causal convolution computes its first K - 1 outputs alone, then
+blocks of 64: of K = 4 at 3, 67, 131."""
 LONG = BORDERS[-1] + 3
 
 

@@ -72,6 +72,8 @@ def _main(arguments: argparse.Namespace) -> None:
         from lab import load
 
     model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    if not model.causal:
+        raise ConfigError(f"{arguments.target}: its model reads the future, so it cannot go on from a prompt")
     prompts = [_tokens(text, task, model) for text in texts]
     if arguments.stop_token is not None and not 0 <= arguments.stop_token < task.vocab_size:
         raise ConfigError(f"--stop-token {arguments.stop_token}: the tokens of {type(task).__name__} are 0 to {task.vocab_size - 1}")

@@ -9,6 +9,7 @@ appendix C.1; the diagonal forms arXiv:2206.11893, section 4.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -85,5 +86,5 @@ def eigenvalues(method: InitMethod, N: int) -> Tensor:
 
 
 def _check_even(N: int) -> None:
-    if N < 2 or N % 2:
-        raise ValueError(f"d_state={N} counts states in conjugate pairs: it must be even and at least 2")
+    if not isinstance(N, Integral) or N < 2 or N % 2:
+        raise ValueError(f"d_state={N!r} counts states in conjugate pairs: it must be even and at least 2")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.mixers.base import Mixer, Output, State
+from lab.mixers.base import Mixer, Output, State, check_at_least
 
 
 class Attention(Mixer):
@@ -21,7 +21,8 @@ class Attention(Mixer):
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
+        check_at_least("Attention", 1, d_model=d_model, n_heads=n_heads)
+        if d_model % n_heads:
             raise ValueError(f"Attention: d_model={d_model} must be a multiple of n_heads={n_heads}")
         self.n_heads = n_heads
         self.d_head = d_model // n_heads

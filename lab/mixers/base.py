@@ -6,8 +6,10 @@ through `__call__`, so that hooks, `torch.compile`, FLOP counters and DDP see it
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,10 +35,36 @@ def check_want(want: tuple[str, ...]) -> None:
         raise ValueError(f"want={want!r}: expected a tuple with names out of {', '.join(WANT)}")
 
 
+def state_type(dtype: torch.dtype) -> torch.dtype:
+    """What the state of a layer in `dtype` is computed and kept in, where half precision would lose it: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(state_type(x.dtype))
+
+
+def check_at_least(owner: str, minimum: int, **values: int) -> None:
+    """ValueError for the first of the named arguments that is smaller, or no integer."""
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{owner}: {name}={value!r} must be an integer")
+        if value < minimum:
+            raise ValueError(f"{owner}: {name}={value} must be at least {minimum}")
+
+
+def check_time_steps(owner: str, dt_min: float, dt_max: float, rate: float = 1.0) -> None:
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"{owner}: dt_min={dt_min} and dt_max={dt_max} must be above 0, and dt_max not below dt_min")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{owner}: rate={rate} must be above 0")
+
+
 class Mixer(nn.Module, ABC):
-    """Mixes a sequence over time, causally. Nothing a call does is kept on the module: the state goes in and comes out."""
+    """Mixes a sequence over time. Nothing a call does is kept on the module: the state goes in and comes out."""
 
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that `want=("losses",)` returns
+    causal: bool = True  # False: y depends on later tokens too, so there is no state, no step and no next-token task
 
     def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
         """x (B, L, D), lengths (B,) real tokens of each right-padded row (None: all) -> y (B, L, D), or an Output with `want`.
@@ -45,6 +73,8 @@ class Mixer(nn.Module, ABC):
         mixer to write into the tensors of `state`: only for a caller that made the state and gives it up.
         """
         check_want(want)
+        if "state" in want:
+            self.check_causal()
         out = self.mix(x, state, lengths, want)
         if not want:
             return out.y
@@ -62,6 +92,11 @@ class Mixer(nn.Module, ABC):
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token; device and dtype default to those of the parameters. None is one too: `mix` starts afresh."""
         return None
+
+    def check_causal(self) -> None:
+        """NotImplementedError for a mixer that reads the future, which `init_state` and want=("state",) of such a mixer raise."""
+        if not self.causal:
+            raise NotImplementedError(f"{type(self).__name__} reads the whole sequence, the future too, so it has no state and no step")
 
     @property
     def time_step_bias(self) -> nn.Parameter | None:

@@ -4,7 +4,7 @@
     h_t = e^{dt_t A} h_{t-1} + (dt_t x_t) B_t,   y_t = C_t . h_t + D x_t,   out = W_out(y * SiLU(z))
 
 B = batch, L = length, D = d_model, E = expand_factor D, N = d_state, K = d_conv, R = dt_rank.
-State: {"conv": (B, K - 1, E), "h": (B, E, N)} float32.
+State: {"conv": (B, K - 1, E), "h": (B, E, N)}, float32, or float64 of a layer in float64.
 Record: eigenvalues A (E, N, 2) with imaginary part 0, dt (B, L, E, 1), B (B, L, N), C (B, L, N).
 Parameters have the names of the public implementation.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import Mixer, Output, State
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import causal_conv, selective_scan
 
 
@@ -39,8 +39,11 @@ class MambaLayer(Mixer):
         n_layers: int = 1,
     ) -> None:
         super().__init__()
+        check_at_least("MambaLayer", 1, d_model=d_model, d_state=d_state, expand_factor=expand_factor, d_conv=d_conv, n_layers=n_layers)
+        check_time_steps("MambaLayer", dt_min, dt_max)
         self.d_inner, self.d_state, self.d_conv = expand_factor * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        check_at_least("MambaLayer", 1, dt_rank=self.dt_rank)
         self.init_method, self.dt_min, self.dt_max, self.n_layers = init_method, dt_min, dt_max, n_layers
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the weights; causal_conv computes
@@ -68,10 +71,10 @@ class MambaLayer(Mixer):
         u, tail = causal_conv(u, self.conv1d.weight[:, 0].T, self.conv1d.bias, state=before[0], lengths=lengths)
         u = F.silu(u)
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dt = F.softplus(self.dt_proj(delta).float())
-        A = -self.A_log.float().exp()
+        dt = F.softplus(at_least_float32(self.dt_proj(delta)))
+        A = -at_least_float32(self.A_log).exp()
         y, last = selective_scan(u, dt, A, B, C, self.D, z, before[1], lengths)
-        after = {"conv": tail.to(torch.float32, copy=True), "h": last} if "state" in want else None
+        after = {"conv": tail.to(state_type(tail.dtype), copy=True), "h": last} if "state" in want else None
         record = {"eigenvalues": torch.stack([A, torch.zeros_like(A)], -1), "dt": dt[..., None], "B": B, "C": C} if "record" in want else {}
         return Output(self.out_proj(y), after, record=record)
 
@@ -80,8 +83,8 @@ class MambaLayer(Mixer):
         return self.dt_proj.bias
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        place = device or self.D.device
+        place, dtype = device or self.D.device, state_type(dtype or self.D.dtype)
         return {
-            "conv": torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=place),
-            "h": torch.zeros(batch_size, self.d_inner, self.d_state, device=place),
+            "conv": torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=place, dtype=dtype),
+            "h": torch.zeros(batch_size, self.d_inner, self.d_state, device=place, dtype=dtype),
         }

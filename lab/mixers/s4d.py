@@ -3,7 +3,7 @@
     x' = A x + u,  y = 2 Re(C . x) + D u,  sampled with step dt:   h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A u_t
 
 B = batch, L = length, D = d_model, n = d_state / 2 conjugate pairs; complex numbers as pairs (..., 2).
-State: {"h": (B, D, n, 2)} float32. Then GELU, dropout, Linear(D -> 2D), GLU.
+State: {"h": (B, D, n, 2)}, float32, or float64 of a layer in float64. Then GELU, dropout, Linear(D -> 2D), GLU.
 Record: eigenvalues A (D, n, 2), dt (D, 1), kernel (1, D, L): y - D u for a unit impulse; bidirectional (2, D, L), the second for the tokens
 before it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import Mixer, Output, State
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import fft_conv, linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
@@ -41,7 +41,10 @@ class S4DLayer(Mixer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least("S4DLayer", 1, d_model=d_model)
+        check_time_steps("S4DLayer", dt_min, dt_max, rate)
         self.init_method, self.dt_min, self.dt_max, self.rate, self.bidirectional = init_method, dt_min, dt_max, rate, bidirectional
+        self.causal = not bidirectional
         self.n = len(eigenvalues(init_method, d_state))
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_re = nn.Parameter(torch.empty(d_model, self.n))  # A = -exp(log_A_re) + i A_im
@@ -64,42 +67,44 @@ class S4DLayer(Mixer):
         nn.init.normal_(self.D)
 
     def continuous(self) -> tuple[Tensor, Tensor]:
-        """A (D, n, 2) and dt (D, 1), float32."""
-        A = torch.stack([-self.log_A_re.float().exp(), self.A_im.float()], -1)
-        return A, (self.rate * self.log_dt.float().exp())[:, None]
+        """A (D, n, 2) and dt (D, 1), in float32 at least."""
+        A = torch.stack([-at_least_float32(self.log_A_re).exp(), at_least_float32(self.A_im)], -1)
+        return A, (self.rate * at_least_float32(self.log_dt).exp())[:, None]
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """w = dt A, and what a step takes of its input, (e^w - 1) / A; each (D, n, 2) float32."""
+        """w = dt A, and what a step takes of its input, (e^w - 1) / A; each (D, n, 2)."""
         A, dt = self.continuous()
         w = dt[..., None] * A
         return w, divide(expm1(w), A)
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
         w, b = self.discrete()
-        u, C = x.float(), self.C.float()
+        u, C, D = (at_least_float32(t) for t in (x, self.C, self.D))
         h0 = None if state is None else state["h"]
         after: State = None
         if h0 is not None and x.shape[1] == 1:
             h = multiply(exp(w), h0) + b * u[:, 0, :, None, None]
-            y = read(C[0], h)[:, None] + self.D.float() * u
+            y = read(C[0], h)[:, None] + D * u
             after = {"h": h if lengths is None else torch.where((lengths > 0)[:, None, None, None], h, h0)}
         else:
-            y = fft_conv(u, ssm_kernel(w, multiply(C[0], b), x.shape[1]), self.D.float())
+            y = fft_conv(u, ssm_kernel(w, multiply(C[0], b), x.shape[1]), D)
             if h0 is not None:
                 y = y + self.echo(h0, w, C[0], x.shape[1])
             if self.bidirectional:
                 backwards = reversed_rows(u, lengths)
                 y = y + reversed_rows(fft_conv(backwards, ssm_kernel(w, multiply(C[1], b), x.shape[1])), lengths)
             if "state" in want:
-                if self.bidirectional:
-                    raise ValueError("S4DLayer: bidirectional=True reads the whole sequence, so it has no state and no step")
                 after = {"h": self.last_state(u, w, b, h0, lengths)}
         y = self.out(self.dropout(F.gelu(y)).to(x.dtype))
         return Output(F.glu(y), after, record=self.record(x.shape[1]) if "record" in want else {})
 
     def record(self, length: int) -> dict[str, Tensor]:
         (A, dt), (w, b) = self.continuous(), self.discrete()
-        return {"eigenvalues": A, "dt": dt, "kernel": torch.stack([ssm_kernel(w, multiply(C, b), length) for C in self.C.float()])}
+        return {
+            "eigenvalues": A,
+            "dt": dt,
+            "kernel": torch.stack([ssm_kernel(w, multiply(C, b), length) for C in at_least_float32(self.C)]),
+        }
 
     def echo(self, h0: Tensor, w: Tensor, C: Tensor, length: int) -> Tensor:
         """What the state h0 (B, D, n, 2) adds to the outputs of the next `length` tokens, (B, length, D)."""
@@ -123,9 +128,8 @@ class S4DLayer(Mixer):
         return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        if self.bidirectional:
-            raise NotImplementedError("S4DLayer: bidirectional=True reads the whole sequence, so it has no state and no step")
-        return {"h": torch.zeros(batch_size, *self.A_im.shape, 2, device=device or self.D.device)}
+        self.check_causal()
+        return {"h": torch.zeros(batch_size, *self.A_im.shape, 2, device=device or self.D.device, dtype=state_type(dtype or self.D.dtype))}
 
 
 def read(C: Tensor, h: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A (B~ u_t),   y_t = 2 Re(C~ h_t) + D u_t,   then g = GELU(y), g * sigmoid(W g)
 
 B = batch, L = length, D = d_model, P = d_state / 2 conjugate pairs of `blocks` blocks of HiPPO-LegS; complex numbers as pairs (..., 2).
-State: {"h": (B, P, 2)} float32.
+State: {"h": (B, P, 2)}, float32, or float64 of a layer in float64.
 Record: eigenvalues A (1, P, 2), dt (1, P), kernel (1, D, L): y - D u of channel d for a unit impulse in channel d alone; bidirectional
 (2, D, L), the second for the tokens before it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
-from lab.mixers.base import Mixer, Output, State
+from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.mixers.s4d import reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
@@ -38,10 +38,13 @@ class S5Layer(Mixer):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
-        if blocks < 1 or d_state % (2 * blocks):
+        check_at_least("S5Layer", 1, d_model=d_model, d_state=d_state, blocks=blocks)
+        check_time_steps("S5Layer", dt_min, dt_max, rate)
+        if d_state % (2 * blocks):
             raise ValueError(f"S5Layer: d_state={d_state} must be a multiple of 2 blocks={2 * blocks}")
         self.d_state, self.blocks, self.init_method = d_state, blocks, init_method
         self.dt_min, self.dt_max, self.rate, self.bidirectional = dt_min, dt_max, rate, bidirectional
+        self.causal = not bidirectional
         P = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(P))
         self.log_A_re = nn.Parameter(torch.empty(P))  # A = -exp(log_A_re) + i A_im
@@ -69,39 +72,37 @@ class S5Layer(Mixer):
         nn.init.normal_(self.D)
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
-        u, C = x.float(), self.C.float()
+        u, C, D = (at_least_float32(t) for t in (x, self.C, self.D))
         y, last = self.scan(u, C[0], None if state is None else state["h"], lengths)
         if self.bidirectional:
-            if "state" in want:
-                raise ValueError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
             y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
-        g = F.gelu(y + self.D.float() * u).to(x.dtype)
+        g = F.gelu(y + D * u).to(x.dtype)
         after = {"h": last.clone()} if "state" in want else None  # not a view of all states
         return Output(g * torch.sigmoid(self.gate(g)), after, record=self.record(x.shape[1]) if "record" in want else {})
 
     def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
         w, b = self.discrete()
-        B = self.B.float()
+        B = at_least_float32(self.B)
         inputs = torch.stack([u @ B[..., 0].T, u @ B[..., 1].T], -1)  # (B, L, P, 2)
         h, last = linear_recurrence(exp(w), multiply(b, inputs), h0, lengths)
         return 2 * (h[..., 0] @ C[..., 0].T - h[..., 1] @ C[..., 1].T), last
 
     def continuous(self) -> tuple[Tensor, Tensor]:
-        """A (P, 2) and dt (P,), float32."""
-        A = torch.stack([-self.log_A_re.float().exp().clamp(min=1e-4), self.A_im.float()], -1)
-        return A, self.rate * self.log_dt.float().exp()
+        """A (P, 2) and dt (P,), in float32 at least."""
+        A = torch.stack([-at_least_float32(self.log_A_re).exp().clamp(min=1e-4), at_least_float32(self.A_im)], -1)
+        return A, self.rate * at_least_float32(self.log_dt).exp()
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """w = dt A, and what a step takes of B u, (e^w - 1) / A; each (P, 2) float32."""
+        """w = dt A, and what a step takes of B u, (e^w - 1) / A; each (P, 2)."""
         A, dt = self.continuous()
         w = dt[:, None] * A
         return w, divide(expm1(w), A)
 
     def record(self, length: int) -> dict[str, Tensor]:
         (A, dt), (w, b) = self.continuous(), self.discrete()
-        into = multiply(b, self.B.float().transpose(0, 1))  # (D, P, 2)
-        kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in self.C.float()])
+        into = multiply(b, at_least_float32(self.B).transpose(0, 1))  # (D, P, 2)
+        kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in at_least_float32(self.C)])
         return {"eigenvalues": A[None], "dt": dt[None], "kernel": kernel}
 
     @property
@@ -109,6 +110,5 @@ class S5Layer(Mixer):
         return self.log_dt
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        if self.bidirectional:
-            raise NotImplementedError("S5Layer: bidirectional=True reads the whole sequence, so it has no state and no step")
-        return {"h": torch.zeros(batch_size, len(self.A_im), 2, device=device or self.D.device)}
+        self.check_causal()
+        return {"h": torch.zeros(batch_size, len(self.A_im), 2, device=device or self.D.device, dtype=state_type(dtype or self.D.dtype))}

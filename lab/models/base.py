@@ -23,6 +23,7 @@ from lab.models.sampling import check_sampling, choose
 class SequenceModel(nn.Module, ABC):
     max_len: int | None = None  # the longest sequence, state included; None: no limit
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that want=("losses",) returns
+    causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lab.config.errors import nearest
 from lab.mixers import Attention, Lattice, MambaLayer, Mixer, S4DLayer, S5Layer
+from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
 from lab.models.stack import Stack
 
@@ -49,13 +50,13 @@ def create_model(
     architectures that have a place for one. d_state counts for state spaces, max_seq_len where positions are learned. ValueError for what
     does not exist. `initialise(model, seed)` makes the weights those of a seed.
     """
-    for what, name, existing in (("architecture", architecture, tuple(ARCHITECTURES)), ("ssm_layer", ssm_layer, SSM_LAYERS)):
-        if name in LATER:
-            raise ValueError(f"create_model: {what} {name} is not there yet; there are the architectures {', '.join(ARCHITECTURES)}")
-        if name is not None:
-            _expect(what, name, existing)
-    if ssm_layer not in (None, architecture):
-        raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
+    if architecture in LATER:
+        raise ValueError(f"create_model: architecture {architecture} is not there yet; there are {', '.join(ARCHITECTURES)}")
+    _expect("architecture", architecture, tuple(ARCHITECTURES))
+    if ssm_layer is not None:
+        _expect("ssm_layer", ssm_layer, SSM_LAYERS)
+        if ssm_layer != architecture:
+            raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
     layer, defaults = ARCHITECTURES[architecture]
     takes = _arguments(layer) - {"d_model"}
     of_layer = _checked("layer_kwargs", layer_kwargs, takes)
@@ -67,6 +68,9 @@ def create_model(
         if kind != "decoder":
             raise ValueError(f'create_model: a transformer of kind {kind} is not there yet; architecture_kwargs={{"kind": "decoder"}} is')
 
+    check_at_least("create_model", 1, d_model=d_model, num_layers=num_layers)
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(f"create_model: dropout={dropout!r} must be a number from 0 to 1")
     general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "max_len": max_seq_len, "dropout": dropout}
     arguments = {**general, **defaults, **of_stack}
     if arguments["vocab_size"] is None:
@@ -80,8 +84,10 @@ def _arguments(callable_: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(callable_).parameters)
 
 
-def _checked(what: str, given: Mapping[str, Any] | None, valid: Collection[str]) -> dict[str, Any]:
+def _checked(what: str, given: Any, valid: Collection[str]) -> dict[str, Any]:
     """A copy, with the names of the arguments for the documented ones."""
+    if not isinstance(given, Mapping | None):
+        raise ValueError(f"create_model: {what} must be a dict of arguments, got {given!r}")
     ours: dict[str, Any] = {}
     for documented, value in (given or {}).items():
         name = OURS.get(documented, documented)
@@ -92,8 +98,8 @@ def _checked(what: str, given: Mapping[str, Any] | None, valid: Collection[str])
     return ours
 
 
-def _expect(what: str, name: str, valid: Collection[str]) -> None:
-    if name not in valid:
+def _expect(what: str, name: Any, valid: Collection[str]) -> None:
+    if not isinstance(name, str) or name not in valid:
         near = nearest(str(name), valid)
         meant = f"; did you mean {near}?" if near else ";"
         raise ValueError(f"create_model: {what} {name} does not exist{meant} valid: {', '.join(sorted(valid))}")

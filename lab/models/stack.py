@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.config.errors import hint
 from lab.layers import MLP, Embedding
-from lab.mixers.base import Mixer, Output, State, check_want
+from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
 
@@ -65,8 +65,13 @@ class Stack(SequenceModel):
         tied: bool = False,
     ) -> None:
         super().__init__()
-        if n_layers < 1:
-            raise ValueError(f"Stack: n_layers={n_layers} must be at least 1")
+        check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        check_at_least("Stack", 0, d_ff=d_ff)
+        if vocab_size is not None:
+            check_at_least("Stack", 1, vocab_size=vocab_size)
+        if position == "learned" and max_len is not None:
+            check_at_least("Stack", 1, max_len=max_len)
         if position not in ("learned", "none"):
             raise ValueError(f"Stack: position={position!r}; expected learned or none")
         if norm not in NORMS:
@@ -79,13 +84,13 @@ class Stack(SequenceModel):
         self.embedding = nn.Identity() if vocab_size is None else Embedding(vocab_size, d_model)
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
         self.dropout = nn.Dropout(dropout)
-        d_ff = 4 * d_model if d_ff is None else d_ff
         makes = per_layer(mixer, pattern, n_layers)
         self.blocks = nn.ModuleList(Block(d_model, make(d_model=d_model), d_ff, dropout, norm) for make in makes)
         self.norm = NORMS[norm](d_model)
         self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight
+        self.causal = all(mixer.causal for mixer in self.mixers)
         self.loss_names = tuple(dict.fromkeys(name for layer in self.mixers for name in layer.loss_names))
 
     def forward(
@@ -187,7 +192,9 @@ def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[
         raise ValueError("Stack: pattern chooses among mixers that have names, and here mixer has none")
     else:
         makes = list(mixer) if isinstance(mixer, Sequence) else [mixer]
-    if not makes or n_layers % len(makes):
+    if not makes:
+        raise ValueError(f"Stack: {what} is empty; it must say which mixer the layers have")
+    if n_layers % len(makes):
         raise ValueError(f"Stack: n_layers={n_layers} must be a multiple of the length of {what}, {len(makes)}, which repeats")
     return makes * (n_layers // len(makes))
 

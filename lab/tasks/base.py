@@ -48,6 +48,7 @@ class Task(ABC):
 
     vocab_size: int
     seq_len: int
+    next_token: bool = True  # whether targets are the tokens to come, which a model that reads the future would copy
     prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
     free_samples: int = 0  # rows that validation decodes freely; lab-eval decodes all
     eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports

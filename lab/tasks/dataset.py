@@ -23,6 +23,8 @@ from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task
 class Dataset(Task):
     """Nodes `train`, `val` and (optional) `test` name the data sets; vocab_size and seq_len are verified against what they yield."""
 
+    next_token = False  # the targets are the user's own: labels of the tokens may be read off the whole sequence
+
     def __init__(self, vocab_size: int, seq_len: int, train: Any, val: Any, test: Any | None = None, pad_token: int = 0) -> None:
         self.vocab_size, self.seq_len, self.pad_token = vocab_size, seq_len, pad_token
         self.data = dict(zip(SPLITS, (train, val, test), strict=True))

@@ -62,6 +62,7 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
     built = {name: build_node(name, config[name], trust) for name in ("task", "trainer", "optimizer", "model")}
     try:
         experiment = Experiment(**{**config, **built})
+        check_causal(experiment.model, experiment.task, config["model"])
         _ = experiment.weights, experiment.max_steps if to_train else None
         ops.force({op: own_backend(op, name, trust) if "." in name else name for op, name in experiment.ops.items()})
         ops.forget()
@@ -69,6 +70,14 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
         raise _mistake(error, dict(config), ()) from error
     initialise(experiment.model, experiment.seed)
     return experiment
+
+
+def check_causal(model: SequenceModel, task: Task, node: Any) -> None:
+    """MistakeError for a model that reads the tokens which the task wants predicted."""
+    if task.next_token and not model.causal:
+        keys = [key for key, value in places(node, ("model",)) if key[-1] == "bidirectional" and value is True]
+        problem = f"the model reads the future, and task {type(task).__name__} predicts the next token"
+        raise MistakeError(keys[0] if keys else ("model",), f"{problem}; it must be false" if keys else problem, suspects=keys)
 
 
 def build_node(name: str, node: Any, trust: list[str] | None) -> Any:
