@@ -84,9 +84,9 @@ def _arguments(callable_: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(callable_).parameters)
 
 
-def _checked(what: str, given: Any, valid: Collection[str]) -> dict[str, Any]:
+def _checked(what: str, given: Mapping[str, Any] | None, valid: Collection[str]) -> dict[str, Any]:
     """A copy, with the names of the arguments for the documented ones."""
-    if not isinstance(given, Mapping | None):
+    if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"create_model: {what} must be a dict of arguments, got {given!r}")
     ours: dict[str, Any] = {}
     for documented, value in (given or {}).items():
