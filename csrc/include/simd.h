@@ -102,11 +102,11 @@ template <class T> struct Factor {
   inline __attribute__((always_inline)) Vector<T> operator*(Vector<T> b) const { return re * b + im * swapped(b, Lanes<T>{}); }
 };
 
-// ---- 2^x: the exponential of every decay. A polynomial on [-1/2, 1/2], relative error 2e-7 in float. 2^-126 below that, NaN from 2^128 on.
+// ---- 2^x for x <= 0: the exponential of every decay. A polynomial on [-1/2, 1/2], relative error 2e-7 in float, 2^-126 below that.
+// x > 128 gives any number: the caller keeps it out. A bound here makes Mamba's scan take 1.7 times as long.
 
 INLINE Vector<float> exp2_decay(Vector<float> x) {
   x = x < -126.f ? splat(-126.f) : x;
-  x = x > 128.f ? splat(128.f) : x;  // where the exponent that comes out is that of inf and NaN; beyond it the bits would be any number
   const Vector<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
   Vector<float> shifted = x + magic;
   Vector<float> f = x - (shifted - magic);

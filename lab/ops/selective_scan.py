@@ -6,7 +6,7 @@ Bt = batch, L = length, E = channels, N = d_state: each channel has N states; B 
 (one half of the conjugate pairs) y takes 2 Re(C . h).
 
 Backends
-    native     C++, the states in registers, one state kept per 16 steps (csrc/cpu/selective_scan.cpp); real A.
+    native     C++, the states in registers, one state kept per 16 steps (csrc/cpu/selective_scan.cpp); real A, NaN where it is above 0.
     torch      chunks of 64 steps, each by doubling; one state kept per chunk. While exporting, a `scan` of free length; real A.
     reference  the formula in a plain loop.
 """
@@ -254,7 +254,8 @@ def real_part(x: Tensor) -> Tensor:
 
 
 def base_2(A: Tensor) -> Tensor:
-    return (A * math.log2(math.e)).contiguous()
+    """A for powers of 2; NaN where a state would grow, which the kernels do not compute."""
+    return (A * math.log2(math.e)).masked_fill(A > 0, math.nan).contiguous()
 
 
 @backward_op.register_fake
