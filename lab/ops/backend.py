@@ -95,6 +95,19 @@ class Op:
         return getattr(self.backends[-1].run, "__module__", "?")
 
 
+def differentiable_once(
+    name: str, forward: Any, backward: Any, save: Callable[..., None], gradient: Callable[..., Any], *, twice: str
+) -> None:
+    """Gives the operator `forward` a gradient that calls the operator `backward`, and makes a second derivative an error that names the
+    backend which has one. save(ctx, inputs, output), gradient(ctx, *grads): as of torch.library."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{name}: no second derivative; use({name}={twice!r}) has one")
+
+    forward.register_autograd(gradient, setup_context=save)
+    backward.register_autograd(refuse)
+
+
 def ops() -> dict[str, tuple[str, ...]]:
     """All ops, with the names of their backends in order of preference."""
     return {name: tuple(backend.name for backend in op.backends) for name, op in _ops.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, differentiable_once
 
 
 def causal_conv(
@@ -119,12 +119,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     return *backward_op(gy, *ctx.saved_tensors, ctx.dilation), None
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("causal_conv: the native backend has no second derivative; use(causal_conv='torch') has one")
-
-
-native_backend.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("causal_conv", native_backend, backward_op, _save, _backward, twice="torch")
 CAUSAL_CONV = Op(
     "causal_conv",
     (

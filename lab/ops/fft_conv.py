@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, differentiable_once
 
 
 def fft_conv(u: Tensor, K: Tensor, D: Tensor | None = None) -> Tensor:
@@ -95,12 +95,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor, ...]:
     return backward_op(gy, *ctx.saved_tensors)
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("fft_conv: the native backend has no second derivative; use(fft_conv='torch') has one")
-
-
-forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("fft_conv", forward_op, backward_op, _save, _backward, twice="torch")
 
 FFT_CONV = Op(
     "fft_conv",

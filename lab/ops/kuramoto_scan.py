@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, exporting
+from lab.ops.backend import Backend, Op, differentiable_once, exporting
 
 TWO_PI = 2 * math.pi
 WRAP_EVERY = 16  # steps; between two wraps a phase stays small enough for float32
@@ -239,12 +239,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, g_W if grad_W else None, None, None
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("kuramoto_scan: no second derivative; use(kuramoto_scan='reference') has one")
-
-
-forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("kuramoto_scan", forward_op, backward_op, _save, _backward, twice="reference")
 for device in ("cpu", "cuda"):  # phases accumulate: float32 under autocast, inside the operators too
     forward_op.register_autocast(device, torch.float32)
     backward_op.register_autocast(device, torch.float32)

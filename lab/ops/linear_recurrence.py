@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, exporting
+from lab.ops.backend import Backend, Op, differentiable_once, exporting
 from lab.ops.complex import multiply
 
 MEMORY = 8  # multiply-adds in the time of an element, which is that of reading and writing it
@@ -200,12 +200,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *backward_op(grad, *ctx.saved_tensors, ctx.backend), None
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("linear_recurrence: no second derivative; use(linear_recurrence='reference') has one")
-
-
-forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("linear_recurrence", forward_op, backward_op, _save, _backward, twice="reference")
 LINEAR_RECURRENCE = Op(
     "linear_recurrence",
     (

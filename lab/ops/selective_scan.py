@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, exporting
+from lab.ops.backend import Backend, Op, differentiable_once, exporting
 from lab.ops.linear_recurrence import doubled
 
 CHUNK = 64  # steps; (Bt, CHUNK, E, N) is the largest tensor of the torch backend
@@ -274,12 +274,7 @@ def _backward(ctx: Any, gy: Tensor, glast: Tensor, _: Tensor) -> tuple[Tensor | 
     return *backward_op(gy, glast, *ctx.saved_tensors, ctx.backend), None, None
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("selective_scan: no second derivative; use(selective_scan='reference') has one")
-
-
-forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("selective_scan", forward_op, backward_op, _save, _backward, twice="reference")
 SELECTIVE_SCAN = Op(
     "selective_scan",
     (

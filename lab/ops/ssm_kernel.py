@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, differentiable_once
 
 
 def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
@@ -78,12 +78,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return *backward_op(g, *ctx.saved_tensors), None
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("ssm_kernel: the native backend has no second derivative; use(ssm_kernel='torch') has one")
-
-
-native_backend.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_second_backward)
+differentiable_once("ssm_kernel", native_backend, backward_op, _save, _backward, twice="torch")
 SSM_KERNEL = Op(
     "ssm_kernel",
     (
