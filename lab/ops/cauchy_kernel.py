@@ -1,8 +1,8 @@
 """Cauchy sums at the roots of unity, over conjugate pairs.      Q[h, r, k] = sum_n v / (i s_k - c_k w) + its partner, k = 0 .. L / 2
 
-s_k = sin(pi k / L), c_k = cos(pi k / L): i s / c = (1 - z) / (1 + z) at z = e^{-2 pi i k / L}, and multiplied by c nothing is infinite where
-z = -1. The partner has conj(v) and conj(w). H = channels, N = states, one of each pair; R numerators v share their poles w. With w = dt A / 2
-these are the sums of S4's generating function (arXiv:2111.00396, section 3; a layer with a correction of rank 1 needs R = 4).
+s_k = sin(pi k / L), c_k = cos(pi k / L): i s / c = (1 - z) / (1 + z) at z = e^{-2 pi i k / L}, and multiplied by c nothing is infinite
+where z = -1. The partner has conj(v) and conj(w). H = channels, N = states, one of each pair; R numerators v share their poles w. With
+w = dt A / 2 these are the sums of S4's generating function (arXiv:2111.00396, section 3; a layer whose correction has rank 1 needs R = 4).
 
 Both of a pair make one fraction in real numbers: (2 i s Re v - 2 c Re(v conj w)) / (c^2 |w|^2 - s^2 - 2 i s c Re w).
 
@@ -31,7 +31,7 @@ def cauchy_kernel(w: Tensor, v: Tensor, length: int) -> Tensor:
 
     Computes in float32 or, given any float64, in float64. Differentiable once in both.
     """
-    if w.ndim != 3 or v.ndim != 4 or (w.shape[0], *w.shape[1:]) != (v.shape[0], *v.shape[2:]) or w.shape[-1] != 2:
+    if w.ndim != 3 or v.ndim != 4 or w.shape != (v.shape[0], *v.shape[2:]) or w.shape[-1] != 2:
         raise ValueError(f"cauchy_kernel: expected w (H, N, 2) and v (H, R, N, 2), got {tuple(w.shape)} and {tuple(v.shape)}")
     if length < 1:
         raise ValueError(f"cauchy_kernel: length={length} must be at least 1")
