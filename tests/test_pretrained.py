@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import compose_yaml
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import lab
 from lab.analysis.conformance import randomise
 from lab.config import ConfigError, build
 from lab.models import initialise
 from lab.models.pretrained import public_name
+from lab.tasks import StandardLibrary
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 5}
 OPTIONS = {
@@ -235,11 +236,10 @@ def test_a_failed_save_leaves_the_old_files(folder, tmp_path, monkeypatch):
     kept = changed(folder, tmp_path / "kept")
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
 
-    def full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device", file)
+    def full(tensors, metadata):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save", full)
     with pytest.raises(OSError, match="No space left"):
         lab.save_pretrained(lab.create_model("mamba", **MAMBA, vocab_size=9), kept)
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
@@ -253,3 +253,14 @@ def test_the_published_sizes_are_theirs(name, d_model, n_layers):
         ours = build(compose_yaml(name, "+task={vocab_size: 50280, seq_len: 32}").model)
     wanted = {name: tuple(p.shape) for name, p in public.named_parameters()}
     assert {public_name(name): tuple(p.shape) for name, p in ours.named_parameters()} == wanted
+
+
+def test_a_model_of_bytes_brings_its_tokenizer(tmp_path):
+    model, text = lab.create_model("mamba", **MAMBA, vocab_size=256), "\tf('größer €\U0001f389')  # \x00\n"
+    lab.save_pretrained(model, tmp_path, StandardLibrary().encoding)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(text).input_ids == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
+    with pytest.raises(ValueError, match="bytes are 256 tokens, and the model has 9"):
+        lab.save_pretrained(lab.create_model("mamba", **MAMBA, vocab_size=9), tmp_path / "nine", StandardLibrary().encoding)
+    with pytest.raises(ValueError, match="encoding='bytes' is not known; expected 'bytes of UTF-8' or None"):
+        lab.save_pretrained(model, tmp_path / "other", "bytes")

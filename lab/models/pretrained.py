@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lab.config.errors import ConfigError
-from lab.files import atomic
+from lab.files import atomic, write_json
 from lab.mixers import MambaLayer
 from lab.models.stack import Stack
 
+BYTES = "bytes of UTF-8"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 DEFAULTS: dict[str, Any] = {
@@ -63,16 +64,42 @@ def load_pretrained(path: str | Path) -> Stack:
     return model.eval()
 
 
-def save_pretrained(model: nn.Module, path: str | Path) -> None:
+def save_pretrained(model: nn.Module, path: str | Path, encoding: str | None = None) -> None:
     """Writes config.json and model.safetensors into a folder, which `transformers` loads and `load_pretrained` as well. Both are written
-    whole before they take the place of old ones. ValueError for a model that is not a stack of equal MambaLayers."""
-    from safetensors.torch import save_file
+    whole before they take the place of old ones. ValueError for a model that is not a stack of equal MambaLayers.
 
-    config = config_of(model)
+    encoding: what a token is. A task says it, `task.encoding`; for "bytes of UTF-8" a tokenizer.json of bytes is written too.
+    """
+    from safetensors.torch import save
+
+    config, folder = config_of(model), Path(path)
+    if encoding not in (None, BYTES):
+        raise ValueError(f"save_pretrained: encoding={encoding!r} is not known; expected {BYTES!r} or None")
+    if encoding == BYTES and config["vocab_size"] != 256:
+        raise ValueError(f"save_pretrained: bytes are 256 tokens, and the model has {config['vocab_size']}")
     tensors = {public_name(name): t.detach().cpu().contiguous() for name, t in model.named_parameters() if name != "head.bias"}
-    with atomic(Path(path) / CONFIG) as described, atomic(Path(path) / WEIGHTS) as weights:
-        save_file(tensors, weights.name, metadata={"format": "pt"})
+    with atomic(folder / CONFIG) as described, atomic(folder / WEIGHTS) as weights:
+        weights.write(save(tensors, metadata={"format": "pt"}))
         described.write(json.dumps(config, indent=2).encode() + b"\n")
+    if encoding is not None:
+        write_json(folder / "tokenizer.json", byte_tokenizer())
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """tokenizer.json whose tokens are the bytes of UTF-8. The package writes a byte that is no printable Latin-1 character as one from
+    U+0100 on, in their order (the table of GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {characters[byte]: byte for byte in range(256)}, "merges": []},
+    }
 
 
 def public_name(name: str) -> str:
