@@ -75,14 +75,15 @@ def _main(arguments: argparse.Namespace) -> None:
     if not texts:
         raise ConfigError("there is no prompt: --prompt TEXT or --prompt-file FILE")
     with starting("lab-generate"):
-        from lab import load, load_pretrained
+        from lab import load
+        from lab.models.pretrained import load_pretrained, rows
         from lab.tasks.tokens import FolderTokens
 
     model: SequenceModel
     task: Task | FolderTokens
     if public:
         model = stack = load_pretrained(arguments.target)
-        task = FolderTokens(arguments.target, stack.embedding.weight.shape[0])
+        task = FolderTokens(arguments.target, rows(stack))
         if task.why_ids is not None:
             print(f"lab-generate: prompt and answer are token ids: {task.why_ids}", file=sys.stderr)
         if arguments.stop_token is None:

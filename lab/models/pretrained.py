@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,11 @@ def byte_tokenizer() -> dict[str, Any]:
         "decoder": level,
         "model": {"type": "BPE", "vocab": {characters[byte]: byte for byte in range(256)}, "merges": []},
     }
+
+
+def rows(model: Stack) -> int:
+    """The vocabulary of a model, padding included."""
+    return cast(nn.Embedding, model.embedding).num_embeddings
 
 
 def public_name(name: str) -> str:
