@@ -76,14 +76,14 @@ def _main(arguments: argparse.Namespace) -> None:
         raise ConfigError("there is no prompt: --prompt TEXT or --prompt-file FILE")
     with starting("lab-generate"):
         from lab import load
-        from lab.models.pretrained import load_pretrained, rows
+        from lab.models.pretrained import load_pretrained, vocabulary
         from lab.tasks.tokens import FolderTokens
 
     model: SequenceModel
     task: Task | FolderTokens
     if public:
         model = stack = load_pretrained(arguments.target)
-        task = FolderTokens(arguments.target, rows(stack))
+        task = FolderTokens(arguments.target, vocabulary(stack))
         if task.why_ids is not None:
             print(f"lab-generate: prompt and answer are token ids: {task.why_ids}", file=sys.stderr)
         if arguments.stop_token is None:
@@ -178,7 +178,7 @@ def _print(tokens: Iterator[int | None], task: Task | FolderTokens, before: Sequ
         if text.endswith("\ufffd"):  # of UTF-8, at most three bytes begin a character; the bytes before them are settled
             n = next((n for n in (3, 2, 1) if task.decode(held[-n:]) == "\ufffd"), len(held))
             text = text[:-1] if n < len(held) else ""
-        settled = len(held) - n
+        settled = max(0, len(held) - n)
         if text:
             _write(text)
             before = held[:settled]

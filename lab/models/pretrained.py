@@ -102,7 +102,7 @@ def byte_tokenizer() -> dict[str, Any]:
     }
 
 
-def rows(model: Stack) -> int:
+def vocabulary(model: Stack) -> int:
     """The vocabulary of a model, padding included."""
     return cast(nn.Embedding, model.embedding).num_embeddings
 

@@ -13,7 +13,7 @@ from lab.config import ConfigError, check, compose
 from lab.config.errors import nearest
 from lab.files import write_json
 from lab.models import SequenceModel
-from lab.models.pretrained import load_pretrained, rows
+from lab.models.pretrained import load_pretrained, vocabulary
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
@@ -95,7 +95,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
         task, trainer = build_node("task", composed.config["task"], None), composed.config["trainer"]
         force_ops(composed.config["ops"], None)
     model = load_pretrained(folder)
-    vocab_size, choice = rows(model), composed.choices["task"]
+    vocab_size, choice = vocabulary(model), composed.choices["task"]
     if task.vocab_size != vocab_size:
         raise ConfigError(
             f"task={choice} has {task.vocab_size:,} tokens and the model of {folder} {vocab_size:,}: what a token stands for must be the "
