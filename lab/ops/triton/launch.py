@@ -1,7 +1,7 @@
 """When the Triton kernels can run, and the functions that launch them: tensors in, tensors out, the grid and the blocks chosen here.
 
-Each kernel walks through time in blocks of BLOCK steps and scans a block at once; channels stand side by side. Names and shapes are those of
-the ops.
+The scans walk through time in blocks of BLOCK steps and scan a block at once; channels stand side by side. Names and shapes are those
+of the ops.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def recurrence(
 def recurrence_backward(
     grad, a, h, h0, g_x, g_a, g_h0, L, D, PER_STEP: tl.constexpr, COMPLEX: tl.constexpr, T: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """g_t = grad_t + conj(a_{t+1}) g_{t+1}, backwards in time: g_x is g, g_a is g_t conj(h_{t-1}), or its sum over time, g_h0 conj(a_0) g_0."""
+    """g_t = grad_t + conj(a_{t+1}) g_{t+1}, backwards in time: g_x is g, g_a g_t conj(h_{t-1}) or its sum, g_h0 conj(a_0) g_0."""
     row, channel, step = tl.program_id(0).to(tl.int64), tl.program_id(1) * W + tl.arange(0, W), tl.arange(0, T)
     inside = channel < D
     S: tl.constexpr = 2 if COMPLEX else 1
@@ -155,7 +155,8 @@ def selective(
 def selective_backward(
     gy, glast, u, dt, A, B, C, D, starts, gu, gdt, gA, gB, gC, gh0, batch, L, E, N, T: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr
 ):  # fmt: skip
-    """Each block, from the last: its states again, from the one that was kept, then their gradients g_t = gy_t C_t + e^{dt_{t+1} A} g_{t+1}.
+    """Each block, from the last: its states again, from the one that was kept, then their gradients
+    g_t = gy_t C_t + e^{dt_{t+1} A} g_{t+1}.
 
     gA and gh0 are of a row, (Bt, E, N); gB and gC of a block of channels, (blocks of channels, Bt, L, N).
     """
