@@ -64,7 +64,7 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("per_step", [True, False], ids=["per step", "constant"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 17), (2, 1000, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 17), (2, 130, 203)], ids=str)
 @pytest.mark.parametrize("name", backends(linear_recurrence))
 def test_linear_recurrence(name, shape, per_step, dtype, device):
     skip_without("linear_recurrence", name, device)
@@ -73,7 +73,7 @@ def test_linear_recurrence(name, shape, per_step, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [1, 16, 23])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 17), (2, 500, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 33, 17), (2, 130, 203)], ids=str)
 @pytest.mark.parametrize("name", backends(selective_scan))
 def test_selective_scan(name, shape, N, dtype, device):
     skip_without("selective_scan", name, device)
@@ -87,7 +87,7 @@ def test_ssm_kernel(name, H, N, length, dtype, device):
     skip_without("ssm_kernel", name, device)
     g = torch.Generator().manual_seed(0)
     w = torch.stack([-0.2 * torch.rand(H, N, generator=g), 3 * torch.rand(H, N, generator=g)], -1)
-    args = [w.to(dtype), numbers(H, N, 2, dtype=dtype, g=g)]
+    args = [t.to(dtype) for t in (w, numbers(H, N, 2, dtype=torch.float64, g=g))]
     compare(ssm_kernel, name, args, dtype, call=lambda w, c: (ssm_kernel(w, c, length),), device=device)
 
 
@@ -112,7 +112,7 @@ def test_fft_conv(name, length, dtype, device):
     compare(fft_conv, name, args, dtype, call=lambda u, K, D: (fft_conv(u, K, D),), device=device)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 17, 7), (2, 40, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7, 2), (5, 17, 7), (2, 40, 12)], ids=str)
 @pytest.mark.parametrize("name", backends(kuramoto_scan))
 def test_kuramoto_scan(name, shape, device):
     skip_without("kuramoto_scan", name, device)
@@ -155,6 +155,7 @@ MAMBA = (
 )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")  # what the compiler imports
 @pytest.mark.parametrize("words", [("precision=32-true",), ("precision=bf16-mixed",), ("precision=32-true", "compile=true")], ids="-".join)
 @pytest.mark.parametrize("model", ["lot", "mamba"])
 def test_a_training_is_evaluated(model, words, device, tmp_path, monkeypatch):
