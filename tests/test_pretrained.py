@@ -213,12 +213,19 @@ def test_a_head_that_is_said_to_be_tied_and_is_not(folder, tmp_path):
 MAMBA = {"num_layers": 2, "d_model": 16}
 
 
+def with_a_bias():
+    model = lab.create_model("mamba", **MAMBA, vocab_size=9)
+    model.blocks[1].mixer.in_proj.bias = torch.nn.Parameter(torch.ones(64))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
         (lambda: torch.nn.Linear(2, 2), "must be a Stack of MambaLayers alone, got Linear"),
         (lambda: lab.create_model("s4d", **MAMBA, vocab_size=9), "got Stack of S4DLayer"),
         (lambda: lab.create_model("mamba", **MAMBA), "the model has no vocabulary"),
+        (with_a_bias, "its layers have another in_proj.bias than Mamba's"),
         (lambda: lab.create_model("mamba", **MAMBA, vocab_size=9, architecture_kwargs={"d_ff": 8}), r"the model has MLPs \(d_ff\)"),
         (lambda: lab.create_model("mamba", **MAMBA, vocab_size=9, architecture_kwargs={"norm": "layer"}), "its norm must be rms"),
         (lambda: lab.create_model("mamba", **MAMBA, vocab_size=9, architecture_kwargs={"tied": False}), r"its head has a bias"),

@@ -41,6 +41,20 @@ PUBLIC = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head":
 """Our name of a module outside of the blocks -> theirs."""
 
 
+LAYER = {
+    "A_log",
+    "D",
+    "conv1d.bias",
+    "conv1d.weight",
+    "dt_proj.bias",
+    "dt_proj.weight",
+    "in_proj.weight",
+    "out_proj.weight",
+    "x_proj.weight",
+}
+"""The parameters of a layer, under the same names in both."""
+
+
 def load_pretrained(path: str | Path) -> Stack:
     """The model of a folder, in eval mode on the CPU, in float32 (float64 if it was stored so). ConfigError, in one sentence, for a folder
     that lacks something or holds a model that the stack of MambaLayers cannot be.
@@ -181,6 +195,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
     if not isinstance(model, Stack) or not all(type(mixer) is MambaLayer for mixer in model.mixers):
         raise refuse(f"the model must be a Stack of MambaLayers alone, got {type(model).__name__}{_kinds(model)}")
+    for name in sorted(set().union(*({name for name, _ in mixer.named_parameters()} ^ LAYER for mixer in model.mixers))):
+        raise refuse(f"its layers have another {name} than Mamba's")
     if not isinstance(model.embedding, nn.Embedding):
         raise refuse("the model has no vocabulary")
     if model.position is not None or any(block.mlp is not None for block in model.blocks):
