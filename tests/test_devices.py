@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import MODELS, L, V, from_yaml
+from test_models import MODELS, L, from_yaml
 from torch.utils import _pytree as pytree
 
 
