@@ -268,6 +268,30 @@ def test_both_directions(make):
     assert [[graph.name for graph in graphs(model).graphs] for model in models] == [["sequence", "prefill", "step"], ["sequence"]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", LTI)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_state_space_alone(make, bidirectional, monkeypatch):
+    """mixing=False gives what otherwise goes into GELU, from the same parameters without those of the projection."""
+    layer, x = make(8, d_state=8, bidirectional=bidirectional).eval(), sequence()
+    alone = make(8, d_state=8, bidirectional=bidirectional, mixing=False)
+    projection = {"out.weight", "out.bias", "gate.weight", "gate.bias"}
+    weights = layer.state_dict()
+    alone.load_state_dict({name: t for name, t in weights.items() if name not in projection})
+    assert len(weights) == len(alone.state_dict()) + 2
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "gelu", lambda y: seen.append(y) or y)
+        layer(x)
+    assert torch.equal(alone(x), seen[0])
+    assert alone(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_has_no_place_without_mixing():
+    with pytest.raises(ValueError, match="^S4DLayer: dropout=0.1 belongs to the mixing, which mixing=False leaves out; it must be 0$"):
+        S4DLayer(8, dropout=0.1, mixing=False)
+
+
 # Change of sampling rate
 
 
