@@ -2,8 +2,8 @@
 
     a = act(W_1 x + b_1),  b = act(W_2 x + b_2),  a <- SSM(a) where there is one,  out = W_3 (a * b) + b_3
 
-B = batch, L = length, D = d_model, E = expand_factor D. State: {"ssm": that of the state space}; without one there is no state, for then
-every token is computed by itself. Record: that of the state space.
+B = batch, L = length, D = d_model, E = expand_factor D. State: {"ssm": that of the state space}, {} without one, where every
+token is computed by itself. Record: that of the state space.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class GatedMLP(Slotted):
         self.out_proj = nn.Linear(expand_factor * d_model, d_model)
 
     def extra_repr(self) -> str:
-        return self.activation
+        return f"activation={self.activation}" + ("" if self.ssm else ", mixes nothing over time")
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
         a, b = ACTIVATIONS[self.activation](self.in_proj(x)).chunk(2, -1)
-        out = Output(a) if self.ssm is None else self.inside(a, None if state is None else state["ssm"], lengths, want)
-        after = {"ssm": out.state} if self.ssm is not None and "state" in want else None
-        return Output(self.out_proj(out.y * b), after, out.losses, out.record)
+        if self.ssm is None:
+            return Output(self.out_proj(a * b), {})
+        out = self.inside(a, None if state is None else state["ssm"], lengths, want)
+        return Output(self.out_proj(out.y * b), {"ssm": out.state}, out.losses, out.record)
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         self.check_causal()
-        return None if self.ssm is None else {"ssm": self.ssm.init_state(batch_size, device, dtype)}
+        return {} if self.ssm is None else {"ssm": self.ssm.init_state(batch_size, device, dtype)}

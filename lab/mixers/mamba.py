@@ -27,8 +27,8 @@ from lab.ops import causal_conv, selective_scan
 
 class MambaLayer(Slotted):
     """init_method: the states are real and decay as fast as its eigenvalues are large; `real` is 1 .. N. dt_rank: None means D / 16,
-    rounded up. dt starts log-uniform in [dt_min, dt_max]. n_layers: of the model around it; W_out starts smaller by its root. ssm_layer: of
-    E channels, in place of the selective scan; d_state, dt_rank, init_method, dt_min and dt_max, which are the scan's, then mean nothing."""
+    rounded up. dt starts log-uniform in [dt_min, dt_max]. n_layers: of the model around it; W_out starts smaller by its root. ssm_layer:
+    of E channels, in place of the selective scan, whose arguments d_state, dt_rank, init_method, dt_min and dt_max then mean nothing."""
 
     def __init__(
         self,

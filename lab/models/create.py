@@ -54,9 +54,9 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: gated_mlp, h3, lot, mamba, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer: mamba, s4d or
-    s5 in the slot of gated_mlp, h3 and mamba; without one, gated_mlp mixes nothing over time, h3 has the diagonal state space of its paper
-    and mamba the selective scan, as it has with mamba.
+    """architecture: gated_mlp, h3, lot, mamba, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer: mamba,
+    s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state space of its
+    paper and mamba the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
     layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
