@@ -260,10 +260,10 @@ def test_a_slot_takes_what_create_model_takes():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["ssm_layer=s5d"], "ssm_layer=s5d (command line): there is no such option; did you mean s5? (mamba, none, s4d, s5)"),
-        (["ssm_layer=lattice"], "ssm_layer=lattice (command line): there is no such option; options: mamba, none, s4d, s5"),
+        (["ssm_layer=s5d"], "ssm_layer=s5d (command line): there is no such option; did you mean s5? (mamba, none, s4, s4d, s5)"),
+        (["ssm_layer=lattice"], "ssm_layer=lattice (command line): there is no such option; options: mamba, none, s4, s4d, s5"),
         (["ssm_layr=s5"], "ssm_layr (command line): there is no such key; did you mean ssm_layer?"),
-        (["ssm_layer=null"], "ssm_layer=null (command line): ssm_layer takes the name of one option: mamba, none, s4d, s5"),
+        (["ssm_layer=null"], "ssm_layer=null (command line): ssm_layer takes the name of one option: mamba, none, s4, s4d, s5"),
         (
             ["model.mixer.ssm_layer=s5"],
             "model.mixer.ssm_layer (command line): expected a node with _target_ and `_partial_: true` (of a Mixer) or null, got 's5'; "

@@ -1,4 +1,4 @@
-"""S4D, S5 and Mamba used alone: initialisations, and outputs against their formulas written as loops in complex double precision."""
+"""S4, S4D, S5 and Mamba used alone: initialisations, and outputs against their formulas written as loops in complex double precision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils import _pytree as pytree
 from lab.analysis.conformance import randomise
 from lab.export.graphs import graphs
 from lab.layers.hippo import Hippo, InitMethod, diagonalise, eigenvalues, hippo
-from lab.mixers import MambaLayer, S4DLayer, S5Layer
+from lab.mixers import MambaLayer, S4DLayer, S4Layer, S5Layer
 from lab.models import Stack
 from lab.training.optimizer import parameter_groups
 
 METHODS = get_args(InitMethod)
-LAYERS = [S4DLayer, S5Layer, MambaLayer]
-LTI = [S4DLayer, S5Layer]
+LAYERS = [S4Layer, S4DLayer, S5Layer, MambaLayer]
+LTI = [S4Layer, S4DLayer, S5Layer]
 
 
 def sequence(B: int = 2, L: int = 19, D: int = 8) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_mamba_by_its_formula(method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [*LAYERS, partial(S4DLayer, rate=2.0), partial(S5Layer, rate=2.0, blocks=2)])
+@pytest.mark.parametrize("make", [*LAYERS, partial(S4Layer, rate=2.0), partial(S4DLayer, rate=2.0), partial(S5Layer, rate=2.0, blocks=2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_go_on_from_a_prefill_whatever_the_start(make, method):
     layer, x = make(8, d_state=8, init_method=method).eval(), sequence(L=21)
@@ -327,6 +327,7 @@ def test_words_of_the_documentation():
     x = torch.randn(2, 10, 256)
     assert MambaLayer(d_model=256, d_state=16, expand_factor=2, init_method="inv")(x).shape == x.shape
     assert S5Layer(256)(x).shape == S4DLayer(256)(x).shape == x.shape
+    assert S4Layer(d_model=256, d_state=64, init_method="legs", bidirectional=False)(x).shape == x.shape
 
 
 @torch.no_grad()
@@ -394,8 +395,18 @@ def test_an_empty_state_has_the_type_that_is_asked_for(make):
 
 def test_what_state_spaces_learn_slowly_and_without_decay():
     """A, B and dt: no weight decay, lr 1e-3 at most; of Mamba, A_log and D are not decayed."""
-    slow = {S4DLayer: {"log_dt", "log_A_re", "A_im"}, S5Layer: {"log_dt", "log_A_re", "A_im", "B"}, MambaLayer: set()}
-    undecayed = {S4DLayer: {"D", "out.bias"}, S5Layer: {"D", "gate.bias"}, MambaLayer: {"A_log", "D", "conv1d.bias", "dt_proj.bias"}}
+    slow = {
+        S4Layer: {"log_dt", "log_A_re", "A_im", "P", "B"},
+        S4DLayer: {"log_dt", "log_A_re", "A_im"},
+        S5Layer: {"log_dt", "log_A_re", "A_im", "B"},
+        MambaLayer: set(),
+    }
+    undecayed = {
+        S4Layer: {"D", "out.bias"},
+        S4DLayer: {"D", "out.bias"},
+        S5Layer: {"D", "gate.bias"},
+        MambaLayer: {"A_log", "D", "conv1d.bias", "dt_proj.bias"},
+    }
     for make in LAYERS:
         model = Stack(11, 16, 1, partial(make, d_state=4), d_ff=0, position="none")
         for lr in (1e-2, 1e-4):

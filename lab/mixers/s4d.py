@@ -11,19 +11,17 @@ before it.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lab.layers.hippo import InitMethod, eigenvalues
 from lab.mixers.base import at_least_float32
-from lab.mixers.state_space import LongConvolution, learn_slowly, read
+from lab.mixers.state_space import LongConvolution, learn_slowly
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
 
-System: TypeAlias = "tuple[Tensor, Tensor]"
 CHUNK = 256  # tokens whose states (B, CHUNK, D, n, 2) a prefill holds at once
 
 
@@ -71,38 +69,50 @@ class S4DLayer(LongConvolution):
         A = torch.stack([-at_least_float32(self.log_A_re).exp(), at_least_float32(self.A_im)], -1)
         return A, (self.rate * at_least_float32(self.log_dt).exp())[:, None]
 
-    def discrete(self) -> System:
+    def discrete(self) -> tuple[Tensor, Tensor]:
         """w = dt A, and what a step takes of its input, (e^w - 1) / A; each (D, n, 2)."""
         A, dt = self.continuous()
         w = dt[..., None] * A
         return w, divide(expm1(w), A)
 
-    def kernel(self, system: System, C: Tensor, length: int) -> Tensor:
-        w, b = system
-        return ssm_kernel(w, multiply(C, b), length)
+    def response(self, u: Tensor, h0: Tensor | None, lengths: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        (w, b), C, D = self.discrete(), at_least_float32(self.C), at_least_float32(self.D)
+        if h0 is not None and u.shape[1] == 1:
+            h = multiply(exp(w), h0) + b * u[:, 0, :, None, None]
+            y = read(C[0], h)[:, None] + D * u
+            return y, h if lengths is None else torch.where((lengths > 0)[:, None, None, None], h, h0)
+        y = self.convolved(u, self.kernels(u.shape[1]), lengths)
+        if h0 is not None:
+            y = y + self.echo(h0, w, C[0], u.shape[1])
+        return y, self.last_state(u, w, b, h0, lengths) if wanted else None
 
-    def token(self, system: System, C: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        w, b = system
-        h = multiply(exp(w), h) + b * u[..., None, None]
-        return read(C, h), h
+    def kernels(self, length: int) -> list[Tensor]:
+        """(D, length) for each direction: y - D u for a unit impulse."""
+        w, b = self.discrete()
+        return [ssm_kernel(w, multiply(C, b), length) for C in at_least_float32(self.C)]
 
     def record(self, length: int) -> dict[str, Tensor]:
-        (A, dt), system = self.continuous(), self.discrete()
-        kernel = torch.stack([self.kernel(system, C, length) for C in at_least_float32(self.C)])
-        return {"eigenvalues": A, "dt": dt, "kernel": kernel}
+        A, dt = self.continuous()
+        return {"eigenvalues": A, "dt": dt, "kernel": torch.stack(self.kernels(length))}
 
-    def echo(self, system: System, C: Tensor, h0: Tensor, length: int) -> Tensor:
-        w, _ = system
+    def echo(self, h0: Tensor, w: Tensor, C: Tensor, length: int) -> Tensor:
+        """What the state h0 (B, D, n, 2) adds to the outputs of the next `length` tokens, (B, length, D)."""
         c = multiply(multiply(C, exp(w)), h0)
         K = ssm_kernel(w.expand_as(c).flatten(0, 1), c.flatten(0, 1), length)
         return K.unflatten(0, (-1, w.shape[0])).transpose(1, 2)
 
-    def last_state(self, system: System, u: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
-        w, b = system
-        h = (u.new_zeros(u.shape[0], *w.shape) if h0 is None else h0).flatten(1, 2)
-        decay = exp(w).flatten(0, 1)
+    def last_state(self, u: Tensor, w: Tensor, b: Tensor, h: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """(B, D, n, 2) after the last real token."""
+        if h is None:
+            h = u.new_zeros(u.shape[0], *w.shape)
+        decay, h = exp(w).flatten(0, 1), h.flatten(1, 2)
         for i, part in enumerate([u] if exporting() else u.split(CHUNK, 1)):
             inputs = (part[..., None, None] * b).flatten(2, 3)
             left = None if lengths is None else (lengths - i * CHUNK).clamp(0, part.shape[1])
             _, h = linear_recurrence(decay, inputs, h, left)
         return h.unflatten(1, w.shape[:2]).clone()  # not a view of the states of a whole chunk
+
+
+def read(C: Tensor, h: Tensor) -> Tensor:
+    """C (D, n, 2), h (B, D, n, 2) -> 2 Re(C . h) (B, D)"""
+    return 2 * (C[..., 0] * h[..., 0] - C[..., 1] * h[..., 1]).sum(-1)

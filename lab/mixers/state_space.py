@@ -9,7 +9,7 @@ State: {"h": (B, .., n, 2)}, float32, or float64 of a layer in float64.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,9 @@ class StateSpace(Mixer):
 
 
 class LongConvolution(StateSpace):
-    """A state space per channel, computed as one convolution as long as the sequence. Mixing: dropout, Linear(D -> 2D), GLU.
+    """A state space per channel, computed as one convolution as long as the sequence. Mixing: dropout, Linear(D -> 2D), GLU."""
 
-    A subclass says what its discrete system is, of which `response` asks one in a call, and gives its kernel and its state. The
-    parameters that it makes: those of StateSpace, `C` (1 or 2 directions, D, n, 2), `dropout` and, with mixing, `out`.
-    """
-
-    C: nn.Parameter
+    C: nn.Parameter  # (1 or 2 directions, D, n, 2)
     dropout: nn.Dropout
     out: nn.Linear | None
 
@@ -77,37 +73,12 @@ class LongConvolution(StateSpace):
         if dropout and not mixing:
             raise ValueError(f"{type(self).__name__}: dropout={dropout} belongs to the mixing, which mixing=False leaves out; it must be 0")
 
-    def response(self, u: Tensor, h0: Tensor | None, lengths: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        system, C, D = self.discrete(), at_least_float32(self.C), at_least_float32(self.D)
-        if h0 is not None and u.shape[1] == 1:
-            y, h = self.token(system, C[0], u[:, 0], h0)
-            return (y + D * u[:, 0])[:, None], h if lengths is None else torch.where((lengths > 0)[:, None, None, None], h, h0)
-        y = fft_conv(u, self.kernel(system, C[0], u.shape[1]), D)
-        if h0 is not None:
-            y = y + self.echo(system, C[0], h0, u.shape[1])
+    def convolved(self, u: Tensor, kernels: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
+        """u (B, L, D), a kernel (D, L) for each direction -> SSM(u) + D u (B, L, D)"""
+        y = fft_conv(u, kernels[0], at_least_float32(self.D))
         if self.bidirectional:
-            y = y + reversed_rows(fft_conv(reversed_rows(u, lengths), self.kernel(system, C[1], u.shape[1])), lengths)
-        return y, self.last_state(system, u, h0, lengths) if wanted else None
-
-    @abstractmethod
-    def discrete(self) -> Any:
-        """The sampled system, in float32 at least: what the four methods below take."""
-
-    @abstractmethod
-    def kernel(self, system: Any, C: Tensor, length: int) -> Tensor:
-        """C (D, n, 2) -> (D, length), the outputs after a unit impulse."""
-
-    @abstractmethod
-    def token(self, system: Any, C: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """One token u (B, D) after the state h (B, D, n, 2) -> SSM(u) (B, D), the next state."""
-
-    @abstractmethod
-    def echo(self, system: Any, C: Tensor, h0: Tensor, length: int) -> Tensor:
-        """What the state h0 (B, D, n, 2) adds to the outputs of the next `length` tokens, (B, length, D)."""
-
-    @abstractmethod
-    def last_state(self, system: Any, u: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """(B, D, n, 2) after the last real token."""
+            y = y + reversed_rows(fft_conv(reversed_rows(u, lengths), kernels[1]), lengths)
+        return y
 
     def mix_channels(self, g: Tensor) -> Tensor:
         assert self.out is not None
@@ -118,11 +89,6 @@ def learn_slowly(*parameters: nn.Parameter) -> None:
     """No weight decay, and a learning rate of 1e-3 at most (lab/training/optimizer.py)."""
     for parameter in parameters:
         parameter._optim = {"weight_decay": 0.0, "lr": 1e-3}  # type: ignore[attr-defined]
-
-
-def read(C: Tensor, h: Tensor) -> Tensor:
-    """C (D, n, 2), h (B, D, n, 2) -> 2 Re(C . h) (B, D)"""
-    return 2 * (C[..., 0] * h[..., 0] - C[..., 1] * h[..., 1]).sum(-1)
 
 
 def reversed_rows(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`create_model("h3", "s4d", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
+"""`create_model("h3", "s4", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
 
 With `vocab_size` it maps tokens (B, L) to logits (B, L, V), without floats (B, L, D) to floats (B, L, D). The models are those of
 configs/model/ by the same names, and what stands in a slot that of configs/ssm_layer/.
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
-from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S5Layer
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
 from lab.models.stack import Stack
@@ -30,14 +30,15 @@ ARCHITECTURES = {
     "h3": Architecture(H3Layer, {"position": "none"}, ("d_head", "d_state")),
     "lot": Architecture(partial(Lattice, n_heads=8)),
     "mamba": Architecture(MambaLayer, {**STATE_SPACE, "norm": "rms", "tied": True}, ("d_conv", "expand_factor")),
+    "s4": Architecture(S4Layer, STATE_SPACE),
     "s4d": Architecture(S4DLayer, STATE_SPACE),
     "s5": Architecture(S5Layer, STATE_SPACE),
     "transformer": Architecture(partial(Attention, n_heads=8)),
 }
-LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4d": S4DLayer, "s5": S5Layer}
+LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}
 """What a slot takes."""
 
-LATER = ("laminarnet", "s4", "serriformnet")
+LATER = ("laminarnet", "serriformnet")
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
 
@@ -54,9 +55,9 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: gated_mlp, h3, lot, mamba, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer: mamba,
-    s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state space of its
-    paper and mamba the selective scan, which it also has with mamba.
+    """architecture: gated_mlp, h3, lot, mamba, s4, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer:
+    mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state
+    space of its paper and mamba the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
     layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
