@@ -86,7 +86,9 @@ def compile_library(sources: Iterable[str | Path], target: Path, level: str, opt
 
 def compile_cuda(sources: Iterable[str | Path], target: Path, options: Iterable[str] = (), cwd: Path | None = None) -> None:
     """The same by nvcc, for all ARCHITECTURES. Raises NoLibrary."""
-    made_for = [word for code in ARCHITECTURES.values() for word in ("-gencode", code)] + [f'-DLAB_ARCHITECTURES="{", ".join(ARCHITECTURES)}"']
+    made_for = [word for code in ARCHITECTURES.values() for word in ("-gencode", code)] + [
+        f'-DLAB_ARCHITECTURES="{", ".join(ARCHITECTURES)}"'
+    ]
     command = [nvcc() or "nvcc", *CUDA_FLAGS, "--threads", "0", *made_for, *options, *map(str, sources), "-o", str(target)]
     _run(command, target, cwd, f"CUDA compiler {command[0]!r}", "CUDA_HOME names the folder of one")
 

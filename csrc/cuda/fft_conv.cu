@@ -25,7 +25,7 @@ template <class T> struct Layout {
   int threads() const { return int(transform.threads() * side_by_side); }
   int64_t bytes() const { return transform.room() * side_by_side * int64_t(sizeof(Complex<T>)); }
 
-  // (L, channels) of a row to the channels of a block, from d0 on, zeros behind; `last`: backwards in time, where time L - 1 comes first.
+  // (L, channels) of a row to the channels of a block, from d0 on, zeros behind; reversed: time L - 1 comes first.
   DEVICE void read(const Block& block, const T* from, Complex<T>* values, int64_t row, int64_t d0, bool reversed) const {
     block.each([&](int thread) {
       for (int64_t i = thread; i < transform.n * side_by_side; i += block.threads()) {
@@ -119,7 +119,7 @@ template <class T> struct OfKernel {
 
 template <class T>
 int64_t convolve(const Layout<T>& layout, const T* u, const T* K, const T* D, T* y, bool reversed, int64_t stream) {
-  if (!(layout.B * layout.L * layout.channels)) return 0;
+  if (layout.B * layout.L * layout.channels == 0) return 0;
   const int64_t splits = larger<int64_t>(1, smaller(layout.B, BLOCKS / layout.groups()));
   return launch(Convolve<T>{layout, u, K, D, y, reversed, splits}, layout.groups() * splits, layout.threads(), layout.bytes(), stream);
 }

@@ -6,7 +6,7 @@ B = batch, L = length, H = oscillators. wrap takes the remainder modulo 2 pi, up
 natural frequency omega. Nonlinear in theta, hence sequential in t. Source: Kuramoto (1975), by explicit Euler.
 
 Backends
-    native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp).
+    native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp); CUDA, a thread for each oscillator.
     torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a loop of free length.
     reference  the formula in a plain loop.
 """

@@ -6,7 +6,7 @@ Bt = batch, L = length, E = channels, N = d_state: each channel has N states; B 
 (one half of the conjugate pairs) y takes 2 Re(C . h).
 
 Backends
-    native     C++, the states in registers, one state kept per 16 steps (csrc/cpu/selective_scan.cpp); real A, NaN where it is above 0.
+    native     C++ and CUDA, the states in registers, one state kept per 16 steps (csrc/*/selective_scan*); real A, NaN where it is above 0.
     torch      chunks of 64 steps, each by doubling; one state kept per chunk. While exporting, a `scan` of free length; real A.
     reference  the formula in a plain loop.
 """
