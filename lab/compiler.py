@@ -86,10 +86,9 @@ def compile_library(sources: Iterable[str | Path], target: Path, level: str, opt
 
 def compile_cuda(sources: Iterable[str | Path], target: Path, options: Iterable[str] = (), cwd: Path | None = None) -> None:
     """The same by nvcc, for all ARCHITECTURES. Raises NoLibrary."""
-    made_for = [word for code in ARCHITECTURES.values() for word in ("-gencode", code)] + [
-        f'-DLAB_ARCHITECTURES="{", ".join(ARCHITECTURES)}"'
-    ]
-    command = [nvcc() or "nvcc", *CUDA_FLAGS, "--threads", "0", *made_for, *options, *map(str, sources), "-o", str(target)]
+    codes = [word for code in ARCHITECTURES.values() for word in ("-gencode", code)]
+    options = [f'-DLAB_ARCHITECTURES="{", ".join(ARCHITECTURES)}"', *options]
+    command = [nvcc() or "nvcc", *CUDA_FLAGS, "--threads", "0", *codes, *options, *map(str, sources), "-o", str(target)]
     _run(command, target, cwd, f"CUDA compiler {command[0]!r}", "CUDA_HOME names the folder of one")
 
 
@@ -119,7 +118,7 @@ def gpu_here() -> bool:
 
 
 def why_no_cuda() -> str | None:
-    """Why an installation would leave out the CUDA kernels, or None. They take minutes to compile, so without a GPU they are made on demand."""
+    """Why an installation would leave out the CUDA kernels, or None. They take minutes, so without a GPU they are made on demand."""
     asked = os.environ.get(LAB_CUDA)
     if asked == "0":
         return f"{LAB_CUDA}=0 leaves them out"

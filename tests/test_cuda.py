@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from op_checks import compare, numbers
 from test_native import NATIVE, example, larger, results, same
 from test_scans import recurrence_inputs, scan_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab import compiler
 from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, native, selective_scan, ssm_kernel
+from lab.ops.fft_conv import FFT_CONV
 
-ROOT = compiler.ROOT
+SOURCES = [file for file in compiler.cuda_sources() if file.suffix == ".cu"]
 has_compiler = pytest.mark.skipif(compiler.compiler_version() is None, reason=f"there is no C++ compiler {compiler.compiler()!r} here")
 
 
@@ -21,9 +26,12 @@ has_compiler = pytest.mark.skipif(compiler.compiler_version() is None, reason=f"
 def host_library(tmp_path_factory):
     """csrc/cuda by the C++ compiler, where csrc/cuda/grid.h runs one thread after the other."""
     target = tmp_path_factory.mktemp("cuda") / "host.so"
-    sources = [file for file in compiler.cuda_sources() if file.suffix == ".cu"]
-    compiler.compile_library(sources, target, list(compiler.LEVELS)[-1], ["-O1", "-Wall", "-Wno-unknown-pragmas", "-x", "c++"])
+    compile_for_the_host(target, SOURCES)
     return ctypes.CDLL(str(target))
+
+
+def compile_for_the_host(target, sources, *options):
+    compiler.compile_library(sources, target, list(compiler.LEVELS)[-1], ["-O0", "-Wall", "-Wno-unknown-pragmas", *options, "-x", "c++"])
 
 
 @pytest.fixture
@@ -121,3 +129,107 @@ def test_no_thread_waits_for_another_one_before_a_barrier(on_the_host, op, argum
         by_order.append(results(op, args))
     order.value = 0
     assert same(*by_order)
+
+
+# The sources, and the library that is built of them
+
+
+def functions(files, last):
+    """{name of a function: (its parameters but for `last`, the types that it is defined for)}"""
+    found = {}
+    for file in files:
+        text = re.sub(r"\s+", " ", file.read_text().replace("\\\n", " "))
+        dtypes = set(re.findall(r"DEFINE\((\w+), (?:float|double)\b", text))
+        for name, parameters in re.findall(r"EXPORT (?:void|int64_t) (\w+)_##NAME\( ?(.*?)\) \{", text):
+            assert parameters.endswith(f", int64_t {last}"), name
+            found[name] = (parameters.removesuffix(f", int64_t {last}"), dtypes)
+    return found
+
+
+def test_every_native_op_has_a_launcher_like_its_twin_on_the_cpu():
+    twins = functions((compiler.ROOT / "csrc" / "cpu").glob("*.cpp"), "threads")
+    launchers = functions(SOURCES, "stream")
+    for op in NATIVE:
+        for name in (op.name, f"{op.name}_backward"):
+            assert launchers[name] == twins[name]
+            assert {"float32", "float64"} <= launchers[name][1]
+
+
+@has_compiler
+def test_a_library_of_other_sources_is_not_loaded(tmp_path):
+    assert native.load_cuda(tmp_path)[1].startswith("the CUDA kernels are not built: ")
+    (library,) = (file for file in SOURCES if file.name == "library.cu")
+    compile_for_the_host(tmp_path / "cuda.so", [library], f'-DLAB_SOURCES="{compiler.digest([library])}"', '-DLAB_ARCHITECTURES="sm_80"')
+    loaded, says = native.load_cuda(tmp_path, [library])
+    assert native.made_of(loaded)["compiler"] == "for the host" and says == "sm_80"
+    loaded, says = native.load_cuda(tmp_path)
+    assert loaded is None and says.startswith("cuda.so was built from other sources than csrc/ holds now; LAB_CUDA=1 ")
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is elsewhere."""
+
+    device = torch.device("cuda:1")
+
+
+def test_a_call_takes_the_stream_of_its_device_and_an_error_is_one_sentence(monkeypatch):
+    guarded, given, errors = [], [], [0, 98]
+    run = lambda *values: given.append([value and value.value for value in values]) or errors.pop(0)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "device", lambda device: guarded.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(native, "function", lambda name, device: run if (name, device) == ("twice_float32", "cuda") else None)
+    monkeypatch.setattr(native, "error_text", lambda error: f"invalid device function {error}")
+    x = torch.zeros(3).as_subclass(OnGpu)
+    native.call("twice", torch.float32, x, None, 3, work=1)
+    assert given == [[x.data_ptr(), None, 3, 77]] and guarded == [OnGpu.device]
+    with pytest.raises(RuntimeError, match="^twice: the CUDA kernel did not start on cuda:1: invalid device function 98$"):
+        native.call("twice", torch.float32, x, None, 3, work=1)
+    with pytest.raises(ValueError, match="twice: argument 1 must be a contiguous torch.float32 tensor on cuda:1, got torch.float32 on cpu"):
+        native.call("twice", torch.float32, x, torch.zeros(3), 3, work=1)
+    assert len(given) == 2
+
+
+def test_what_a_gpu_does_not_take_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native, "CUDA", object())
+    supports = FFT_CONV.backends[0].supports
+    with FakeTensorMode(), torch.device("cuda"):
+        for dtype, longest in ((torch.float32, 8192), (torch.float64, 4096)):
+            assert supports(torch.empty(1, longest, 2, dtype=dtype), torch.empty(2, longest, dtype=dtype), None) is None
+            reason = supports(torch.empty(1, longest + 1, 2, dtype=dtype), torch.empty(2, 5, dtype=dtype), None)
+            assert reason.startswith(f"on a GPU it takes {longest} steps of {dtype}, which fit ")
+        assert native.why_not(torch.empty(2), torch.empty(2, device="cpu")) == "its tensors are on cuda:0 and cpu"
+        assert native.why_not(torch.empty(2, dtype=torch.half)).startswith("torch.float16 is not among ")
+    monkeypatch.setattr(native, "CUDA", None)
+    with FakeTensorMode(), torch.device("cuda"):
+        assert native.why_not(torch.empty(2)) == native.CUDA_SAYS
+
+
+def test_an_installation_compiles_them_where_they_can_run_or_are_asked_for(monkeypatch):
+    monkeypatch.delenv("LAB_CUDA", raising=False)
+    monkeypatch.setattr(compiler, "nvcc", lambda: "/bin/nvcc")
+    monkeypatch.setattr(compiler, "gpu_here", lambda: True)
+    assert compiler.why_no_cuda() is None
+    monkeypatch.setenv("LAB_CUDA", "0")
+    assert compiler.why_no_cuda() == "LAB_CUDA=0 leaves them out"
+    monkeypatch.setattr(compiler, "gpu_here", lambda: False)
+    monkeypatch.delenv("LAB_CUDA")
+    assert compiler.why_no_cuda() == "this machine shows no GPU; LAB_CUDA=1 asks for them all the same"
+    monkeypatch.setenv("LAB_CUDA", "1")
+    assert compiler.why_no_cuda() is None
+    monkeypatch.setattr(compiler, "nvcc", lambda: None)
+    assert compiler.why_no_cuda() == "there is no nvcc on the path or in CUDA_HOME"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler.nvcc() is None, reason="there is no nvcc here")
+def test_nvcc_compiles_them_and_a_launch_reports_its_error(tmp_path):
+    compiler.compile_cuda(SOURCES, tmp_path / "cuda.so", [f'-DLAB_SOURCES="{compiler.digest(compiler.cuda_sources())}"'])
+    library, says = native.load_cuda(tmp_path)
+    assert says == "sm_80, sm_90"
+    for name in functions(SOURCES, "stream"):
+        assert hasattr(library, f"{name}_float32") and hasattr(library, f"{name}_float64")
+    library.error_text.restype = ctypes.c_char_p
+    for L, expected in ((0, "no error"), (1, None)):  # no blocks, nothing is started
+        error = library.ssm_kernel_float32(None, None, None, *map(ctypes.c_int64, (1, 0, L, 0)))
+        text = library.error_text(ctypes.c_int64(error)).decode()
+        assert text == expected or (L and (text == "no error") == torch.cuda.is_available()), text

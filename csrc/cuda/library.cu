@@ -6,16 +6,25 @@
 #endif
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
+#ifdef __CUDACC__
+#define COMPILER "nvcc " TEXT(__CUDACC_VER_MAJOR__) "." TEXT(__CUDACC_VER_MINOR__)
+#else
+#define COMPILER "for the host"
+#endif
+#ifndef LAB_ARCHITECTURES
+#define LAB_ARCHITECTURES "no GPU"
+#endif
 
-// Channels side by side in a buffer whose layout is the kernel's own, for numbers of so many bytes: a thread has one.
+// Numbers of so many bytes in a vector, in which buffers are laid out: a thread has no vectors.
 EXPORT int64_t width(int64_t) { return 1; }
+
+// digest of csrc|compiler|GPUs
+EXPORT const char* made_of() { return LAB_SOURCES "|" COMPILER "|" LAB_ARCHITECTURES; }
 
 #ifdef __CUDACC__
 EXPORT const char* error_text(int64_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-
-// digest of csrc|compiler|what for
-EXPORT const char* made_of() { return LAB_SOURCES "|nvcc " TEXT(__CUDACC_VER_MAJOR__) "." TEXT(__CUDACC_VER_MINOR__) "|" LAB_ARCHITECTURES; }
 #else
+EXPORT const char* error_text(int64_t) { return "refused by csrc/cuda/grid.h"; }
 extern "C" {
 int64_t backwards = 0;
 }

@@ -24,16 +24,8 @@ from lab.ops import native
 from lab.ops.backend import Backend, Op
 
 TOLERANCE = 1e-4  # of the largest value; float32 against the plain formula
-VARIABLES = (
-    "CXX",
-    "CUDA_HOME",
-    compiler.LAB_CUDA,
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "GOMP_CPU_AFFINITY",
-    "LD_PRELOAD",
-    *memory.VARIABLES,
-)
+OF_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY")
+VARIABLES = ("CXX", "CUDA_HOME", compiler.LAB_CUDA, *OF_THREADS, "LD_PRELOAD", *memory.VARIABLES)
 """Environment variables that change what runs here, or how fast."""
 
 
@@ -108,12 +100,8 @@ def _cuda_kernels() -> dict[str, Any]:
     if native.CUDA is not None:
         return {"loaded": native.CUDA_SAYS, "why_not": None, "compiler": native.made_of(native.CUDA)["compiler"], **here}
     left_out = compiler.why_no_cuda() if not (native.FOLDER / "cuda.so").exists() else None
-    return {
-        "loaded": None,
-        "why_not": f"the CUDA kernels are not built: {left_out}" if left_out else native.CUDA_SAYS,
-        "compiler": None,
-        **here,
-    }
+    why_not = f"the CUDA kernels are not built: {left_out}" if left_out else native.CUDA_SAYS
+    return {"loaded": None, "why_not": why_not, "compiler": None, **here}
 
 
 def _environment() -> dict[str, Any]:
@@ -155,10 +143,8 @@ def remedy(by_op: Mapping[str, Any], kernels: Mapping[str, Any], environment: Ma
     if kernels["loaded"] is None:
         return re.split("[:;]", kernels["why_not"])[0], build_command(kernels["compiler_here"])
     if cuda["gpu"] and cuda["loaded"] is None:
-        rebuild = f"{compiler.LAB_CUDA}=1 {compiler.rebuild_command()}"
-        return re.split("[:;]", cuda["why_not"])[0], rebuild if cuda[
-            "compiler_here"
-        ] else f"install NVIDIA's CUDA toolkit (nvcc) && {rebuild}"
+        first = "" if cuda["compiler_here"] else "install NVIDIA's CUDA toolkit (nvcc) && "
+        return re.split("[:;]", cuda["why_not"])[0], f"{first}{compiler.LAB_CUDA}=1 {compiler.rebuild_command()}"
     if forced:
         return "backends are chosen by hand", "leave out " + " ".join(f"ops.{op}={backend}" for op, backend in forced.items())
     wrong = [op for op, devices in by_op.items() for found in devices.values() if not _agrees(found["difference"])]

@@ -132,10 +132,7 @@ def _facts(found: dict[str, Any]) -> Any:
         ("kernels", loaded),
         ("  built", f"{', '.join(kernels['built']) or 'none'}; this processor has {kernels['processor']}"),
         ("compiler here", kernels["compiler_here"] or "none that runs"),
-        (
-            "CUDA kernels",
-            f"{cuda['loaded']} ({cuda['compiler']})" if cuda["loaded"] else cuda["why_not"].removeprefix("the CUDA kernels are "),
-        ),
+        ("CUDA kernels", f"{cuda['loaded']} ({cuda['compiler']})" if cuda["loaded"] else cuda["why_not"].partition(" are ")[2]),
         ("lab", f"{environment['lab']}, {environment['code']}"),
         ("torch", environment["torch"] + (f", CUDA {environment['cuda_of_torch']}" if environment["cuda_of_torch"] else "")),
         ("triton", f"{environment['triton'] or 'not installed'}{'' if asking else '; no op has a backend for it'}"),

@@ -1,9 +1,9 @@
 """Loads compiled kernels, those of csrc/ and your own, and makes every call into them.
 
-They are plain functions on pointers in a shared library. Those of csrc/cpu are built when lab is installed, one library for each instruction
-set; the best one that this processor has is loaded. Those of csrc/cuda are a library of their own, for tensors on a GPU: the same functions
-with the stream in place of the number of threads. `why_not()` says why there is none. `Library` is one of your own, on the CPU. A call
-checks every tensor: a wrong pointer would end the process.
+They are plain functions on pointers in a shared library. Those of csrc/cpu are built when lab is installed, one library for each
+instruction set; the best one that this processor has is loaded. Those of csrc/cuda are a library of their own, for tensors on a GPU: the
+same functions with the stream in place of the number of threads. `why_not()` says why there is none. `Library` is one of your own,
+on the CPU. A call checks every tensor: a wrong pointer would end the process.
 """
 
 from __future__ import annotations
