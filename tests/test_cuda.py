@@ -11,15 +11,19 @@ import pytest
 import torch
 from op_checks import compare, numbers
 from test_native import NATIVE, example, larger, results, same
+from test_s4 import poles
 from test_scans import recurrence_inputs, scan_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab import compiler
-from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, native, selective_scan, ssm_kernel
+from lab.ops import cauchy_kernel, causal_conv, fft_conv, kuramoto_scan, linear_recurrence, native, selective_scan, ssm_kernel
+from lab.ops.dplr_scan import DPLR_SCAN
 from lab.ops.fft_conv import FFT_CONV
 
 SOURCES = [file for file in compiler.cuda_sources() if file.suffix == ".cu"]
 has_compiler = pytest.mark.skipif(compiler.compiler_version() is None, reason=f"there is no C++ compiler {compiler.compiler()!r} here")
+
+ON_A_GPU = [op for op in NATIVE if op.name != "dplr_scan"]  # which has no CUDA kernel, and says so
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +96,13 @@ def test_ssm_kernel(on_the_host, H, N, L, dtype):
 
 @has_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("H", "R", "N", "L"), [(1, 1, 1, 1), (2, 4, 5, 2), (3, 2, 33, 31), (2, 6, 16, 300)])
+def test_cauchy_kernel(on_the_host, H, R, N, L, dtype):
+    compare(cauchy_kernel, "native", poles(H, R, N, dtype), dtype, call=lambda w, v: (cauchy_kernel(w, v, L),))
+
+
+@has_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("shape", "taps"), [((1, 1, 1), 1), ((2, 0, 3), 0), ((0, 4, 3), 4), ((3, 16, 5), 9), ((2, 17, 40), 17), ((2, 300, 3), 300)], ids=str
 )
@@ -120,7 +131,7 @@ def test_kuramoto_scan(on_the_host, shape, dtype):
 
 
 @has_compiler
-@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", ON_A_GPU, ids=lambda op: op.name)
 @pytest.mark.parametrize("arguments", [example, larger])
 def test_no_thread_waits_for_another_one_before_a_barrier(on_the_host, op, arguments):
     args = arguments(op)
@@ -149,7 +160,7 @@ def functions(files, last):
 def test_every_native_op_has_a_launcher_like_its_twin_on_the_cpu():
     twins = functions((compiler.ROOT / "csrc" / "cpu").glob("*.cpp"), "threads")
     launchers = functions(SOURCES, "stream")
-    for op in NATIVE:
+    for op in ON_A_GPU:
         for name in (op.name, f"{op.name}_backward"):
             assert launchers[name] == twins[name]
             assert {"float32", "float64"} <= launchers[name][1]
@@ -197,6 +208,7 @@ def test_what_a_gpu_does_not_take_is_a_reason(monkeypatch):
             assert supports(torch.empty(1, longest, 2, dtype=dtype), torch.empty(2, longest, dtype=dtype), None) is None
             reason = supports(torch.empty(1, longest + 1, 2, dtype=dtype), torch.empty(2, 5, dtype=dtype), None)
             assert reason.startswith(f"on a GPU it takes {longest} steps of {dtype}, which fit ")
+        assert DPLR_SCAN.backends[0].supports(*DPLR_SCAN.example()).startswith("there is no CUDA kernel of it")
         assert native.why_not(torch.empty(2), torch.empty(2, device="cpu")) == "its tensors are on cuda:0 and cpu"
         assert native.why_not(torch.empty(2, dtype=torch.half)).startswith("torch.float16 is not among ")
     monkeypatch.setattr(native, "CUDA", None)

@@ -135,7 +135,12 @@ def example(op) -> list:
 
 
 LARGER = {  # whole vectors and a rest, several tiles, groups and parts of a row
+    "cauchy_kernel": lambda: (torch.randn(3, 23, 2) - torch.tensor([5.0, 0.0]), torch.randn(3, 5, 23, 2), 130),
     "causal_conv": lambda: (torch.randn(2, 130, 203), torch.randn(4, 203), torch.randn(203), torch.randn(2, 6, 203), 2),
+    "dplr_scan": lambda: (
+        *(torch.randn(2, 130, 43), torch.randn(2, 43, 7, 2), -0.3 * torch.rand(43, 7, 2), 0.05 * torch.randn(2, 43, 7, 2)),
+        *(0.05 * torch.randn(2, 43, 7, 2), torch.randn(43, 7, 2), torch.randn(43, 7, 2), None),
+    ),
     "fft_conv": lambda: (torch.randn(2, 130, 203), torch.randn(203, 130), torch.randn(203)),
     "kuramoto_scan": lambda: (torch.rand(6, 43), torch.randn(6, 30, 43), torch.randn(43), torch.randn(43), torch.randn(43, 43) / 43, 0.1),
     "linear_recurrence": lambda: (torch.rand(2, 130, 203), torch.randn(2, 130, 203), torch.randn(2, 203)),

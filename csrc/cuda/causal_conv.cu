@@ -3,7 +3,7 @@
 // x, y (B, L, D), w (K, D), bias (D) or null; state (B, T, D) holds the T = (K - 1) dilation inputs before x. A thread takes STEPS steps of one
 // channel; adjacent threads read adjacent channels. What limits it is memory; the taps' overlap comes from the cache.
 #include "numbers.h"
-#include "sum_over_time.h"
+#include "sums.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 // The results are also the workspace: the last two places of a span hold what `Ends` found, and `Walk` leaves the last one as `Carry` wrote
 // it, because the next span reads it. D counts real numbers at the border (as on the CPU), numbers of type S inside.
 #include "numbers.h"
-#include "sum_over_time.h"
+#include "sums.h"
 
 namespace {
 

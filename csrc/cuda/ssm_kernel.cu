@@ -4,6 +4,7 @@
 // For each state it computes the first power in double precision and goes on by a factor e^{w THREADS}: an angle w l of thousands of turns has
 // no digits left in float. What limits it is that sine and cosine in double: one in RUN positions.
 #include "numbers.h"
+#include "sums.h"
 
 namespace {
 
@@ -78,10 +79,7 @@ template <class T> struct Backward {
       }
       sums[thread] = sum;
     });
-    for (int half = THREADS / 2; half; half /= 2)
-      block.each([&](int thread) {
-        if (thread < half) sums[thread] = sums[thread] + sums[thread + half];
-      });
+    add_up(block, sums);
     block.each([&](int thread) {
       if (thread) return;
       gc[state] = sums[0].plain;

@@ -1,12 +1,20 @@
-// A sum over the steps of every channel, in an order that does not depend on the GPU: out_d = sum_t term(outer, t, d).
+// Sums in an order that does not depend on the GPU.
 //
-// A block takes CHANNELS adjacent channels, which it reads side by side, and SLICES of time; the slices are added up in shared memory. What
-// limits it is the memory that the terms read.
+// sum_over_time: over the steps of every channel, out_d = sum_t term(outer, t, d). A block takes CHANNELS adjacent channels, which it reads side
+// by side, and SLICES of time, which are added up in shared memory. What limits it is the memory that the terms read.
 #pragma once
 
 #include "grid.h"
 
 namespace {
+
+// What the threads of a block, a power of 2, hold in sums[thread]: altogether in sums[0].
+template <class S> DEVICE void add_up(const Block& block, S* sums) {
+  for (int half = block.threads() / 2; half; half /= 2)
+    block.each([&](int thread) {
+      if (thread < half) sums[thread] = sums[thread] + sums[thread + half];
+    });
+}
 
 template <class S, class Term> struct SumOverTime {
   static constexpr int CHANNELS = 32, SLICES = 8, THREADS = CHANNELS * SLICES;
