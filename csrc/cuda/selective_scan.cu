@@ -57,7 +57,8 @@ template <class T> struct Forward {
     }
     block.each([&](int thread) {
       const Share mine(slab, E - e0, thread);
-      for (int n = 0; n < mine.states; n++) last[(row * E + e0 + mine.c) * N + slab.n0 + mine.n + n] = state[thread].at[n];
+      UNROLL for (int n = 0; n < STATES; n++)
+        if (n < mine.states) last[(row * E + e0 + mine.c) * N + slab.n0 + mine.n + n] = state[thread].at[n];
     });
   }
 };

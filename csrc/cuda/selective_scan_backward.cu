@@ -71,7 +71,8 @@ template <class T> struct Backward {
     block.each([&](int thread) {
       const Share mine(slab, E - e0, thread);
       const int64_t at = (row * E + e0 + mine.c) * N + slab.n0 + mine.n;
-      for (int n = 0; n < mine.states; n++) {
+      UNROLL for (int n = 0; n < STATES; n++) {
+        if (n >= mine.states) continue;
         gA[at + n] = of_A[thread].at[n];
         if (gh0) gh0[at + n] = carried[thread].at[n];
       }
