@@ -177,6 +177,19 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path):
     assert loaded is None and says.startswith("cuda.so was built from other sources than csrc/ holds now; LAB_CUDA=1 ")
 
 
+def test_an_old_driver_and_an_old_gpu_are_reasons(monkeypatch):
+    library = SimpleNamespace(made_of=lambda: b"0|nvcc 13.0|sm_80, sm_90", old_driver=lambda: 12040)
+    assert native._for_the_driver(library) == (None, "cuda.so was built by nvcc 13.0, the driver here goes up to CUDA 12.4")
+    library.old_driver = lambda: 0
+    assert native._for_the_driver(library) == (library, "sm_80, sm_90")
+    assert native._too_old(0) is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5 + index))
+    assert native._too_old(0) == "cuda:0 has sm_75, the CUDA kernels need sm_80"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert native._too_old(0) is None
+
+
 class OnGpu(torch.Tensor):
     """A tensor of the CPU that says it is elsewhere."""
 

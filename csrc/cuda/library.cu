@@ -23,8 +23,16 @@ EXPORT const char* made_of() { return LAB_SOURCES "|" COMPILER "|" LAB_ARCHITECT
 
 #ifdef __CUDACC__
 EXPORT const char* error_text(int64_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// The CUDA version of a driver that is too old for this library, such as 12040; 0 of another one, and where there is none.
+EXPORT int64_t old_driver() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version / 1000 < CUDART_VERSION / 1000 ? version : 0;
+}
 #else
 EXPORT const char* error_text(int64_t) { return "refused by csrc/cuda/grid.h"; }
+EXPORT int64_t old_driver() { return 0; }
 extern "C" {
 int64_t backwards = 0;
 }

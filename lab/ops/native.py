@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.compiler import LAB_CUDA, NoLibrary, compile_once, cuda_sources, digest, levels_here, own_sources, rebuild_command
+from lab.compiler import ARCHITECTURES, LAB_CUDA, NoLibrary, compile_once, cuda_sources, digest, levels_here, own_sources, rebuild_command
 from lab.ops.backend import exporting
 
 FOLDER = Path(__file__).parent
@@ -48,7 +48,17 @@ def load_cuda(folder: Path = FOLDER, sources: Sequence[Path] | None = None) -> t
     if not file.exists():
         return None, f"the CUDA kernels are not built: installing lab with nvcc and a GPU at hand, or {LAB_CUDA}=1, builds them"
     library, says = _open(file, cuda_sources() if sources is None else sources, f"{LAB_CUDA}=1 ", "")
-    return library, says if library is None else made_of(library)["threads"]
+    return (None, says) if library is None else _for_the_driver(library)
+
+
+def _for_the_driver(library: ctypes.CDLL) -> tuple[ctypes.CDLL | None, str]:
+    made, driver = made_of(library), library.old_driver()
+    if driver:
+        return (
+            None,
+            f"cuda.so was built by {made['compiler']}, this machine's driver goes up to CUDA {driver // 1000}.{driver % 1000 // 10}",
+        )
+    return library, made["threads"]
 
 
 def _open(file: Path, wanted: Sequence[Path], variables: str, says: str) -> tuple[ctypes.CDLL | None, str]:
@@ -97,7 +107,15 @@ def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.fl
         return f"its tensors are on {given[0].device} and {next(t.device for t in given if t.device != given[0].device)}"
     if given[0].dtype not in dtypes:
         return f"{given[0].dtype} is not among {', '.join(map(str, dtypes))}"
-    return None
+    return _too_old(given[0].device.index) if device == "cuda" else None
+
+
+def _too_old(index: int | None) -> str | None:
+    """Why a GPU cannot run the kernels, or None."""
+    if not torch.cuda.is_available():  # it is only asked about
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"cuda:{index} has sm_{major}{minor}, the CUDA kernels need {next(iter(ARCHITECTURES))}" if major < 8 else None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, work: int) -> None:
@@ -205,7 +223,8 @@ class Library:
 
 
 # What torch.compiler.assume_constant_result does, which takes seconds to import: the compiler calls it instead of looking into it.
-setattr(Library.lacks, "_dynamo_marked_constant", True)  # noqa: B010
+for asked in (Library.lacks, _too_old):
+    setattr(asked, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _forked() -> None:
