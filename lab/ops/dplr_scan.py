@@ -171,6 +171,13 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.jit.script(loop)
 
 
+def supports(*args: Tensor | None) -> str | None:
+    u = args[0]
+    if u is not None and u.is_cuda:
+        return "there is no CUDA kernel of it: the torch backend is made of matrix products"
+    return native.why_not(*args[:-1])
+
+
 def native_backend(
     u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -232,7 +239,7 @@ differentiable_once("dplr_scan", forward_op, backward_op, _save, _backward, twic
 DPLR_SCAN = Op(
     "dplr_scan",
     (
-        Backend("native", native_backend, supports=lambda *args: native.why_not(*args[:-1])),
+        Backend("native", native_backend, supports=supports),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

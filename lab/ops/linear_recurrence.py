@@ -4,8 +4,8 @@ B = batch, L = length, D = channels. a may change with every step or be one numb
 recurrence backwards in time: g_t = dLoss/dh_t + conj(a_{t+1}) g_{t+1}, of x_t; g_t conj(h_{t-1}), of a_t; conj(a_0) g_0, of h_{-1}.
 
 Backends
-    native     C++, one pass over the data (csrc/cpu/linear_recurrence.cpp).
-    triton     the same on a GPU, by blocks of time that are scanned at once (lab/ops/triton/scans.py).
+    native     C++, one pass over the data (csrc/cpu/linear_recurrence.cpp); CUDA, three where there are few channels.
+    triton     on a GPU, by blocks of time that are scanned at once (lab/ops/triton/scans.py).
     torch      log2(L) rounds of doubling (Hillis and Steele, 1986). While exporting, a `scan` of free length in real numbers.
     reference  the formula in a plain loop.
 """

@@ -6,8 +6,8 @@ Bt = batch, L = length, E = channels, N = d_state: each channel has N states; B 
 (one half of the conjugate pairs) y takes 2 Re(C . h).
 
 Backends
-    native     C++, the states in registers, one state kept per 16 steps (csrc/cpu/selective_scan.cpp); real A, NaN where it is above 0.
-    triton     the same on a GPU, by blocks of 16 steps that are scanned at once (lab/ops/triton/scans.py); real A.
+    native     C++ and CUDA, the states in registers, one state kept per 16 steps (csrc/*/selective_scan*); real A, NaN where it is above 0.
+    triton     on a GPU, by blocks of 16 steps that are scanned at once (lab/ops/triton/scans.py); real A.
     torch      chunks of 64 steps, each by doubling; one state kept per chunk. While exporting, a `scan` of free length; real A.
     reference  the formula in a plain loop.
 """
@@ -136,8 +136,15 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
 
 def native_starts(u: Tensor, N: int) -> tuple[int, ...]:
     """The shape in which the kernel keeps the state of every 16th step: tiles of vectors of channels."""
-    (Bt, L, E), W = u.shape, native.width(u.dtype)
+    (Bt, L, E), W = u.shape, native.width(u)
     return Bt, -(-E // W), -(-L // 16), N, W
+
+
+def native_parts(u: Tensor) -> int:
+    """The tasks of a row, which add up over their channels for B and C: a function of the shape and the kind of device alone, so that sums
+    do not change with threads. On a GPU as many as there are blocks of 32 channels."""
+    Bt, _, E = u.shape
+    return max(1, -(-E // 32) if u.is_cuda else min(16 // max(Bt, 1), E // 64))
 
 
 # The opaque operator and its gradient. `starts` holds what the backward pass needs of the forward one: the state at the beginning of each
@@ -208,9 +215,7 @@ def backward_op(
         u, dt, B, C, D, starts, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, starts, gy, glast))
         if starts.shape != native_starts(u, N):  # the kernel would read beyond its end
             raise ValueError(f"selective_scan: the saved states must be {native_starts(u, N)}, got {tuple(starts.shape)}")
-        parts = max(
-            1, min(16 // max(Bt, 1), E // 64)
-        )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
+        parts = native_parts(u)
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
         grads = (gu, gdt, gA, gB, gC, gD, gh0)

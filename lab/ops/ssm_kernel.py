@@ -4,7 +4,7 @@ H = channels, N = states, one of each pair of conjugates. With w = dt A and c = 
 hold (arXiv:2206.11893, section 3).
 
 Backends
-    native     C++: powers carried along the positions, restarted from double precision (csrc/cpu/ssm_kernel.cpp); no (H, N, L).
+    native     C++ and CUDA: powers carried along the positions, restarted from double precision (csrc/*/ssm_kernel*); no (H, N, L).
     triton     the same on a GPU, with angles reduced in double precision (lab/ops/triton/vandermonde.py).
     torch      a Vandermonde matrix in real numbers, exportable; it holds (H, N, L).
     reference  the formula in a plain loop.
