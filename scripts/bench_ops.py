@@ -9,10 +9,7 @@ Peers: pip install .[bench]; a row whose peer is missing says so.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -23,10 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from lab.files import write_json
-from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
+from lab.mixers import S4DLayer, S4Layer
+from lab.ops import cauchy_kernel, causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
 from lab.ops.kuramoto_scan import reference as kuramoto_loop
 
 Function = Callable[..., Tensor]
@@ -61,6 +60,29 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
         decay, frequency = torch.full((H, N), -0.5), math.pi * torch.arange(N).expand(H, N)
         dt = torch.logspace(-3, -1, H)[:, None, None]
         return [dt * torch.stack([decay, frequency], -1), torch.randn(H, N, 2)]
+
+    def layer_of(make: type[S4Layer | S4DLayer], form: Function, peer: str, B: int, L: int, H: int, N: int) -> dict:
+        layer = make(H, N)
+        names = [name for name, _ in layer.named_parameters()]
+
+        def lab(u: Tensor, *parameters: Tensor) -> Tensor:
+            return functional_call(layer, dict(zip(names, parameters, strict=True)), (u,))
+
+        def public(u: Tensor, *parameters: Tensor) -> Tensor:
+            return form(u, **{name.replace(".", "_"): p for name, p in zip(names, parameters, strict=True)})
+
+        def inputs() -> list[Tensor]:
+            layer.reset_parameters()
+            return [torch.randn(B, L, H), *(p.detach().clone() for p in layer.parameters())]
+
+        return {"inputs": inputs, "lab": lab, "peers": {peer: public}}
+
+    def sums(H: int, N: int, L: int) -> dict:
+        def inputs() -> list[Tensor]:
+            return [s4d(H, N)[0] / 2, torch.randn(H, 4, N, 2)]
+
+        peers = {"the public s4.py's form": partial(bench_peers.public_cauchy, length=L)}
+        return {"shape": f"H {H}, N {2 * N}, R 4, L {L}", "inputs": inputs, "lab": partial(cauchy_kernel, length=L), "peers": peers}
 
     def convolution(B: int, L: int, D: int) -> dict:
         return {"shape": f"B {B}, L {L}, D {D}, K 4", "inputs": lambda: [torch.randn(B, L, D), torch.randn(4, D), torch.randn(D)]}
@@ -107,6 +129,18 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
             lambda: [torch.randn(4, P, H), *s4d(H, states)],
             lambda u, w, c: fft_conv(u, ssm_kernel(w, c, P)),
             {"the public s4d.py's form": lambda u, w, c: bench_peers.padded_fft(u, bench_peers.public_kernel(w, c, P))},
+        ),
+        Case(
+            "S4D layer, with GELU and GLU",
+            long,
+            **layer_of(S4DLayer, bench_peers.public_s4d, "the public s4d.py's form", 4, P, H, 2 * states),
+        ),
+        Case("cauchy_kernel", **sums(H, states, L)),
+        Case("cauchy_kernel, forward", **sums(H, states, L), backward=False),
+        Case(
+            "S4 layer, with GELU and GLU",
+            f"B 4, L {L}, H {H}, N {2 * states}",
+            **layer_of(S4Layer, bench_peers.public_s4, "the public s4.py's form", 4, L, H, 2 * states),
         ),
         Case(
             "fft_conv",
@@ -216,25 +250,6 @@ def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -
     return rows
 
 
-def threads(case: Case, args: argparse.Namespace) -> benchmark.Row:
-    """Wall-clock time with one thread and with two."""
-    row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "note": "wall clock"}
-    if (os.cpu_count() or 1) < 2:
-        return {**row, "note": "this machine has one core"}
-    run = runner(case, case.lab, prepared(case))
-
-    def with_threads(count: int) -> None:
-        torch.set_num_threads(count)
-        run()
-
-    timings = benchmark.in_turn(
-        {"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, 2 * args.repeats, clock=time.perf_counter
-    )
-    torch.set_num_threads(args.threads)
-    one, two = timings["one"], timings["two"]
-    return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread}
-
-
 def table(rows: list[benchmark.Row]) -> Table:
     shown = Table(title="ratio = the other's CPU time / lab's")
     for column in ("op", "against", "allocator", "lab, ms", "other, ms", "ratio", "spread", "lab, MiB", "other, MiB", "difference"):
@@ -257,7 +272,6 @@ def main() -> None:
     def rows(allocator: str) -> dict[str, list[benchmark.Row]]:
         missing = absent([small for _, small in chosen])
         measured = [row for case, small in chosen for row in measure(case, small, missing, args.repeats)]
-        measured += [threads(case, args) for case, _ in chosen if case.backward and "," not in case.name and "+" not in case.name]
         return {"rows": [{**row, "allocator": allocator} for row in measured]}
 
     report = benchmark.report(benchmark.with_allocator(args.allocator, args.threads, rows), args.threads)

@@ -223,8 +223,9 @@ def _backward(ctx: Any, gy: Tensor, glast: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _example() -> tuple[Any, ...]:
-    low = 0.1 * torch.randn(1, 5, 3, 2)
-    return torch.randn(2, 9, 5), torch.zeros(2, 5, 3, 2), -torch.rand(5, 3, 2), low, low, torch.randn(5, 3, 2), torch.randn(5, 3, 2), None
+    low, state = (1, 5, 3, 2), (5, 3, 2)
+    matrices = -torch.rand(state), 0.1 * torch.randn(low), 0.1 * torch.randn(low), torch.randn(state), torch.randn(state)
+    return torch.randn(2, 9, 5), torch.randn(2, *state), *matrices, None
 
 
 differentiable_once("dplr_scan", forward_op, backward_op, _save, _backward, twice="torch")
