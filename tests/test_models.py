@@ -23,7 +23,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 SIZES = {name for name in MODELS if set(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model) <= {"d_model", "n_layers"}}
 KINDS = [name for name in MODELS if name not in SIZES]  # shrunk, the sizes of one architecture are the same model
-SHRUNK = {"h3_attention": ("model.n_layers=3",), "gated_mlp": ("model.mixer.expand_factor=1",)}  # besides from_yaml's words
+SHRUNK = {  # besides the words of from_yaml
+    "gated_mlp": ("model.mixer.expand_factor=1",),
+    "h3": ("model.mixer.d_state=8",),
+    "h3_attention": ("model.n_layers=3", "model.mixer.h3.d_state=8"),
+}
 V, L = 11, 9
 
 
