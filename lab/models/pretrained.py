@@ -63,18 +63,21 @@ def load_pretrained(path: str | Path) -> Stack:
     """
     folder = Path(path)
     config = read_config(folder)
-    with _opened(folder) as stored, torch.random.fork_rng(devices=[]):  # building a model draws
+    with _opened(folder) as stored:
         model = _built(config, folder, stored)
-        named = dict(model.named_parameters())
-        embedding = named["embedding.weight"]
-        model.to(stored[public_name("embedding.weight")].dtype)
-        with torch.no_grad():
-            for name, parameter in named.items():
-                tensor = stored.get(public_name(name))
-                parameter.zero_() if tensor is None else parameter.copy_(tensor.read())
-        head = stored.get("lm_head.weight")
-        if model.head.weight is embedding and head is not None and not torch.equal(head.read().to(embedding), embedding):
-            raise ConfigError(f"{folder}: tie_word_embeddings is true, and yet lm_head.weight is not backbone.embeddings.weight")
+        dtype = stored[public_name("embedding.weight")].dtype
+        for name, empty in list(model.named_parameters()):
+            tensor = stored.get(public_name(name))
+            filled = torch.zeros(empty.shape, dtype=dtype) if tensor is None else tensor.read().to(dtype, copy=True)
+            parameter = nn.Parameter(filled)
+            parameter.__dict__.update(empty.__dict__)  # what the optimiser is told of it
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, parameter)
+        if config["tie_word_embeddings"]:
+            model.head.weight = model.embedding.weight
+            head = stored.get("lm_head.weight")
+            if head is not None and not torch.equal(head.read().to(dtype), cast(Tensor, model.embedding.weight)):
+                raise ConfigError(f"{folder}: tie_word_embeddings is true, and yet lm_head.weight is not backbone.embeddings.weight")
     return model.eval()
 
 
@@ -151,7 +154,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _built(config: Mapping[str, Any], folder: Path, stored: Mapping[str, Stored]) -> Stack:
-    """A model of these sizes, after its names and shapes were found in the file: a wrong size must not fill the memory first."""
+    """A model of these sizes whose parameters hold no numbers yet: drawing them would take longer than reading the file. Its names and
+    shapes are those in the file."""
     vocab_size, rank = config["vocab_size"], config["time_step_rank"]
     embedding = stored.get(public_name("embedding.weight"))
     multiple = config.get("pad_vocab_size_multiple", 1)
@@ -159,22 +163,20 @@ def _built(config: Mapping[str, Any], folder: Path, stored: Mapping[str, Stored]
         padded = -(-vocab_size // multiple) * multiple
         vocab_size = padded if embedding.shape[0] == padded else vocab_size  # some configs count the tokens, some the rows
 
-    def build() -> Stack:
+    try:
         mixer = partial(
             MambaLayer, d_state=config["state_size"], expand_factor=config["expand"], d_conv=config["conv_kernel"],
             dt_rank=None if rank == "auto" else rank, dt_min=config["time_step_min"], dt_max=config["time_step_max"],
             n_layers=config["num_hidden_layers"],
         )  # fmt: skip
-        return Stack(
-            vocab_size, config["hidden_size"], config["num_hidden_layers"], mixer, d_ff=0, position="none", norm="rms",
-            norm_eps=config["layer_norm_epsilon"], tied=config["tie_word_embeddings"],
-        )  # fmt: skip
-
-    try:
         with torch.device("meta"):
-            wanted = {public_name(name): tuple(parameter.shape) for name, parameter in build().named_parameters()}
+            model = Stack(
+                vocab_size, config["hidden_size"], config["num_hidden_layers"], mixer, d_ff=0, position="none", norm="rms",
+                norm_eps=config["layer_norm_epsilon"], tied=config["tie_word_embeddings"],
+            )  # fmt: skip
     except (ValueError, TypeError, RuntimeError) as error:  # of torch: a size beyond all memory
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
+    wanted = {public_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     zero = {"lm_head.bias"} | (set() if config["use_conv_bias"] else {name for name in wanted if name.endswith("conv1d.bias")})
     for name, shape in wanted.items():
         if name not in stored and name not in zero:
@@ -184,7 +186,7 @@ def _built(config: Mapping[str, Any], folder: Path, stored: Mapping[str, Stored]
     for name in stored:
         if name not in wanted and name != "lm_head.weight":
             raise ConfigError(f"{folder}: the weights have {name} {stored[name].shape}, which a Mamba model of this {CONFIG} does not have")
-    return build()
+    return model
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
