@@ -57,7 +57,8 @@ def torch_backend(w: Tensor, v: Tensor, length: int) -> Tensor:
     inverse = 1 / (e.square() + f.square())
     E, F = e * inverse, f * inverse
     a, b = 2 * v_re, 2 * (v_re * w_re.mT + v_im * w_im.mT)
-    return torch.stack([s * (a @ F) - c * (b @ E), s * (a @ E) + c * (b @ F)], -1)
+    with torch.autocast(w.device.type, enabled=False):
+        return torch.stack([s * (a @ F) - c * (b @ E), s * (a @ E) + c * (b @ F)], -1)
 
 
 @torch.library.custom_op("lab::cauchy_kernel", mutates_args=())

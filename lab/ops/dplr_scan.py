@@ -98,7 +98,7 @@ def matrix(d: Tensor, right: Tensor, left: Tensor) -> Tensor:
 def chunked(
     u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """With M = 2^m tokens in a chunk: X = [A'^j b], O = [C A'^(j+1)], the kernel inside a chunk as a matrix, the states before the chunks
+    """With M = 2^m tokens in a chunk: X = [A'^j b], Y = [C A'^(j+1)], the kernel inside a chunk as a matrix, the states before the chunks
     by doubling."""
     (B, L, D), n = u.shape, d.shape[1]
     if not L:
