@@ -54,10 +54,7 @@ def load_cuda(folder: Path = FOLDER, sources: Sequence[Path] | None = None) -> t
 def _for_the_driver(library: ctypes.CDLL) -> tuple[ctypes.CDLL | None, str]:
     made, driver = made_of(library), library.old_driver()
     if driver:
-        return (
-            None,
-            f"cuda.so was built by {made['compiler']}, this machine's driver goes up to CUDA {driver // 1000}.{driver % 1000 // 10}",
-        )
+        return None, f"cuda.so was built by {made['compiler']}, the driver here goes up to CUDA {driver // 1000}.{driver % 1000 // 10}"
     return library, made["threads"]
 
 
