@@ -23,7 +23,7 @@ ELEMENTS = 2048  # of a block, numbers that a program holds side by side
 def why_not(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> str | None:
     """The reason why the kernels cannot compute with these tensors, or None."""
     if not INSTALLED:
-        return "the package triton is not installed (torch for CUDA brings it; else pip install lab[gpu])"
+        return "the package triton is not installed (torch for CUDA brings it; else pip install triton)"
     if exporting():
         return "an exported file must run without lab's kernels"
     for t in tensors:
