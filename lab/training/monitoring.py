@@ -3,7 +3,8 @@ at the end.
 
 It changes nothing: a pass of its own in eval mode, without gradients, uncompiled, with every random state put back; the first rank alone
 does it. The weights are those being trained, not their average (`trainer.ema`). A model that does not record what a callback shows is
-asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, S4, S4D, S5 and Mamba state spaces.
+asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, S4, S4D, S5 and Mamba state
+spaces.
 Callbacks that look at the same rows in the same step share one pass. It holds what all layers record, attention weights 4 bytes x rows x
 heads x layers x length squared; where that would be more than LIMIT, it looks at fewer rows, and then at fewer tokens, and says so.
 
@@ -212,8 +213,8 @@ class Attention(Monitor):
 
 
 class StateSpaces(Monitor):
-    """State spaces, of layers that record their eigenvalues A and time steps dt: S4, S4D, S5, Mamba. RUN/state_spaces/ holds a snapshot of each
-    look (lab/analysis/snapshots.py).
+    """State spaces, of layers that record their eigenvalues A and time steps dt: S4, S4D, S5, Mamba. RUN/state_spaces/ holds a snapshot of
+    each look (lab/analysis/snapshots.py).
 
     To the loggers, per layer: the median dt; the largest |e^{dt A}|; the shortest and the longest memory of a state, -1 / (dt Re A) tokens;
     a histogram of log10 dt; and the pictures of lab/analysis/state_space_plots.py. Where dt depends on the token (Mamba), these take A at
