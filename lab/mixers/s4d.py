@@ -21,6 +21,7 @@ from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_lea
 from lab.ops import fft_conv, linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
+from lab.ops.program import Program, Value
 
 CHUNK = 256  # tokens whose states (B, CHUNK, D, n, 2) a prefill holds at once
 
@@ -122,6 +123,12 @@ class S4DLayer(Mixer):
             left = None if lengths is None else (lengths - i * CHUNK).clamp(0, part.shape[1])
             _, h = linear_recurrence(decay, inputs, h, left)
         return h.unflatten(1, w.shape[:2]).clone()  # not a view of the states of a whole chunk
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        w, b = self.discrete()
+        y = p.apply("gelu", p.state_space(x, exp(w), b, self.C[0], self.D, state["h"]))
+        value, gate = p.linear(self.out, y).split(x.width, x.width)
+        return p.multiply(value, p.apply("sigmoid", gate))
 
     @property
     def time_step_bias(self) -> nn.Parameter:

@@ -21,6 +21,7 @@ from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_lea
 from lab.mixers.s4d import reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
+from lab.ops.program import Program, Value
 
 
 class S5Layer(Mixer):
@@ -104,6 +105,14 @@ class S5Layer(Mixer):
         into = multiply(b, at_least_float32(self.B).transpose(0, 1))  # (D, P, 2)
         kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in at_least_float32(self.C)])
         return {"eigenvalues": A[None], "dt": dt[None], "kernel": kernel}
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        w, b = self.discrete()
+        into = multiply(b[:, None], self.B)  # (P, D, 2)
+        h = p.rotate(p.linear(torch.cat([into[..., 0], into[..., 1]]), x), exp(w), state["h"])
+        y = p.linear(2 * torch.cat([self.C[0, ..., 0], -self.C[0, ..., 1]], 1), h)
+        g = p.apply("gelu", p.add(y, p.multiply(x, p.constant(self.D))))
+        return p.multiply(g, p.apply("sigmoid", p.linear(self.gate, g)))
 
     @property
     def time_step_bias(self) -> nn.Parameter:
