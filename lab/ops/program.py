@@ -30,9 +30,12 @@ from lab.ops import native
 GROUP = 16  # numbers of adjacent channels that the kernel keeps together; every region begins at a multiple of it
 INSTRUCTIONS = (
     "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "add", "multiply", "conv", "scan", "state_space", "rotate", "attend",
-    "oscillate",
+    "oscillate", "linear_packed",
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
+PACKED = range(1 << 20, 1 << 28)
+"""Bytes of weights that are packed into three bytes each: fewer stay in the processor's own cache, and more would need much memory twice."""
+WORTH = 64  # tokens after which packing, itself the work of a few tokens, has paid
 
 
 class NotCompiled(Exception):
@@ -269,12 +272,28 @@ class Loaded:
         self.begins = {"states": 0, "scratch": program.sizes["states"]}
         for value, content in program.contents:
             self.view(value).copy_(content.flatten(1))
-        self.code = torch.tensor([word for line in program.lines for word in self.words(*line)])
+        matrices = [operands[2] for name, operands in program.lines if name == "linear"]
+        self.packed: list[tuple[Tensor, Tensor]] = []
+        packing = program.room >= WORTH and 4 * sum(matrix.numel() for matrix in matrices) in PACKED
+        lines = [self.pack(*line) if packing and line[0] == "linear" else line for line in program.lines]
+        self.code = torch.tensor([word for line in lines for word in self.words(*line)])
         self.clock = torch.cat([torch.zeros(1, dtype=torch.long), program._position.long()])
         self.logits = self.view(logits)
         self.arguments = [ctypes.c_int64(n) for n in (logits.pitch, logits.width, rows)]
         self.left = program.room
         self.run = native.function("decode_float32")
+
+    def pack(self, name: str, operands: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+        """A linear layer with its weights in 24 bits, relative to the largest of each row, or as it is where that would not be exact."""
+        y, x, matrix, bias, N, K = operands
+        size = ctypes.c_int64(N), ctypes.c_int64(K)
+        packed = torch.empty(native.function("decode_packed_bytes")(*size), dtype=torch.uint8)
+        scale = torch.empty(N)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (matrix, packed, scale)]
+        if packed.numel() >= 4 * matrix.numel() or native.function("decode_pack_float32")(*pointers, *size):
+            return name, operands
+        self.packed.append((packed, scale))  # keeps them
+        return "linear_packed", (y, x, packed, scale, bias, N, K)
 
     def view(self, value: Value) -> Tensor:
         assert isinstance(value.memory, str)
