@@ -28,8 +28,8 @@ AT_ONCE = 1 << 26  # multiply-adds that greedy decoding does in one call, 10 ms 
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """n tokens after a prompt, whose last logits are `last` (B, V), and the state behind it. choose: logits (B, V) -> tokens (B,); None: the
-    most probable ones."""
+    """n tokens after a prompt, whose last logits are `last` (B, V), and the state behind it. choose: logits (B, V) -> tokens (B,); None:
+    the most probable ones."""
 
     model: SequenceModel
     state: State
@@ -121,10 +121,12 @@ def example() -> tuple[Any, ...]:
     from lab.models.stack import Stack
 
     torch.manual_seed(0)
-    model = Stack(11, 8, 1, MambaLayer, d_ff=0, position="none").eval()
-    with torch.no_grad():
-        out = model(torch.zeros(2, 3, dtype=torch.long), want=("state", "last"))
-    return (Continuation(model, out.state, out.y[:, 0], 5),)
+    with torch.device("cpu"):  # where numbers are drawn for a device that is not there, too
+        model = Stack(11, 8, 1, MambaLayer, d_ff=0, position="none")
+    for module in model.eval().modules():  # Module.to cannot move tensors without numbers, which lab-doctor asks with
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to(torch.get_default_device()), requires_grad=False))
+    return (Continuation(model, model.init_state(2), torch.zeros(2, 11), 5),)
 
 
 DECODE = Op(

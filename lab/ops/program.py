@@ -34,7 +34,7 @@ INSTRUCTIONS = (
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
 PACKED = range(1 << 20, 1 << 28)
-"""Bytes of weights that are packed into three bytes each: fewer stay in the processor's own cache, and more would need much memory twice."""
+"""Bytes of weights that are packed into three bytes each: fewer stay in the processor's own cache, more would take much memory twice."""
 WORTH = 64  # tokens after which packing, itself the work of a few tokens, has paid
 
 
@@ -216,7 +216,21 @@ class Program:
         with self.scratch():
             scores = self.value(H * room)
         self._emit(
-            "attend", y, q, k, v, more_q, more_k, self.state(keys), self.state(values.transpose(1, 2)), scores, H, d, more, room, float(scale)
+            "attend",
+            y,
+            q,
+            k,
+            v,
+            more_q,
+            more_k,
+            self.state(keys),
+            self.state(values.transpose(1, 2)),
+            scores,
+            H,
+            d,
+            more,
+            room,
+            float(scale),
         )
         return y
 
@@ -230,7 +244,18 @@ class Program:
             parts = self.value(H), self.value(H)
         columns = self.weight(F.pad(pull.T, (0, _round_up(H) - H)))
         self._emit(
-            "oscillate", of_q, of_k, self.state(theta), u, *parts, self.weight(alpha), self.weight(free), columns, H, _round_up(H), float(dt)
+            "oscillate",
+            of_q,
+            of_k,
+            self.state(theta),
+            u,
+            *parts,
+            self.weight(alpha),
+            self.weight(free),
+            columns,
+            H,
+            _round_up(H),
+            float(dt),
         )
         return of_q, of_k
 
