@@ -11,30 +11,67 @@ from test_models import compose_yaml
 
 import lab
 from lab.models import create_model, initialise
-from lab.models.create import ARCHITECTURES, LATER
+from lab.models.create import ARCHITECTURES, LATER, LAYERS
 
 DECODER = {"transformer": {"kind": "decoder"}}
+NAMES = ", ".join(ARCHITECTURES)
+SLOTS = ("h3", "gated_mlp", "mamba")
 
 
-def create(name: str, **options):
-    return create_model(name, d_model=32, d_state=8, num_layers=2, architecture_kwargs=DECODER.get(name), **options)
+def create(name: str, ssm_layer: str | None = None, **options):
+    return create_model(name, ssm_layer, d_model=32, d_state=8, num_layers=2, architecture_kwargs=DECODER.get(name), **options)
 
 
-def shapes(model) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_it_is_the_model_of_the_yaml(name):
+@pytest.mark.parametrize(
+    ("name", "ssm_layer"),
+    [*((name, None) for name in ARCHITECTURES), ("h3", "s5"), ("gated_mlp", "s4d"), ("mamba", "s4d"), ("h3", "mamba")],
+)
+def test_it_is_the_model_of_the_yaml(name, ssm_layer):
     """The same modules with the same options: nothing that a YAML says is missing here."""
-    d_state = ["model.mixer.d_state=8"] if name in ("mamba", "s4d", "s5") else []
-    sizes = ["model.d_model=32", "model.n_layers=2", "model.dropout=0.1"]
-    yaml = instantiate(compose_yaml(name, "+task={vocab_size: 11, seq_len: 32}", *sizes, *d_state).model)
-    model = create(name, vocab_size=11, max_seq_len=32)
+    words = ["task.vocab_size=11", "task.seq_len=32", "model.d_model=32", "model.n_layers=2", "model.dropout=0.1"]
+    words += ["model.mixer.d_state=8"] if name not in ("gated_mlp", "lot", "transformer") else []
+    words += [f"ssm_layer={ssm_layer or 'none'}"] if name in SLOTS else []
+    words += ["model.mixer.ssm_layer.d_state=8"] if ssm_layer else []
+    yaml = instantiate(compose_yaml(name, *words).model)
+    model = create(name, ssm_layer, vocab_size=11, max_seq_len=32)
     assert repr(model) == repr(yaml) and shapes(model) == shapes(yaml)
     initialise(model, 0), initialise(yaml, 0)
     tokens = torch.randint(0, 11, (2, 9))
     assert torch.equal(model.eval()(tokens), yaml.eval()(tokens))
+
+
+@pytest.mark.parametrize("ssm_layer", [None, *LAYERS])
+@pytest.mark.parametrize("name", SLOTS)
+def test_every_combination(name, ssm_layer):
+    """Built, run, and every parameter has a gradient."""
+    model = create_model(name, ssm_layer, d_model=16, d_state=4, num_layers=2)
+    y = model(torch.randn(2, 9, 16))
+    assert y.shape == (2, 9, 16) and model.causal
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    inside = model.mixers[0].ssm
+    if ssm_layer in (None, name):
+        assert repr(model) == repr(create_model(name, d_model=16, d_state=4, num_layers=2))
+    else:
+        assert type(inside) is LAYERS[ssm_layer] and not getattr(inside, "mixing", False)
+
+
+def test_the_documented_calls():
+    h3 = create_model("h3", "s4d", d_model=256)
+    assert (len(h3.mixers), h3.mixers[0].shift.shape, h3.mixers[0].ssm.A_im.shape) == (4, (64, 256), (256, 32))
+    gated = create_model(
+        architecture="gated_mlp", ssm_layer="s4d", d_model=32, d_state=16, num_layers=3, max_seq_len=100, dropout=0.2, vocab_size=11,
+        layer_kwargs={"bidirectional": True, "init_method": "lin"}, architecture_kwargs={"expand_factor": 2, "activation": "gelu"},
+    )  # fmt: skip
+    mixer = gated.mixers[0]
+    assert (mixer.ssm.D.shape, mixer.ssm.n, mixer.ssm.init_method, mixer.activation) == ((64,), 8, "lin", "gelu")
+    assert not gated.causal and gated.dropout.p == 0.2 and gated(torch.zeros(2, 100, dtype=torch.long)).shape == (2, 100, 11)
+    with pytest.raises(NotImplementedError, match="GatedMLP reads the whole sequence, the future too, so it has no state and no step"):
+        gated.init_state(1)
+
+
+def shapes(model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -73,25 +110,37 @@ def test_kwargs_win_and_are_left_alone():
     assert (len(model.blocks), mixer.n_layers, mixer.d_state, mixer.d_inner) == (3, 3, 4, 16)
     assert model.dropout.p == 0.0 and model.blocks[0].mlp.up.out_features == 8
     assert create_model("lot", d_model=16, layer_kwargs={"num_heads": 2}).blocks[0].mixer.n_heads == 2
+    for where in ("layer_kwargs", "architecture_kwargs"):  # a layer without another in its slot takes its own from both
+        assert create_model("h3", d_model=16, **{where: {"d_head": 2}}).mixers[0].d_head == 2
+    of_stack |= {"expand_factor": 1}
+    model = create_model("mamba", "s4d", d_model=16, layer_kwargs={"d_state": 6, "mixing": True}, architecture_kwargs=of_stack)
+    mixer = model.mixers[0]
+    assert (mixer.d_inner, mixer.n_layers, mixer.ssm.n, mixer.ssm.mixing) == (16, 3, 3, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("mambo",), "architecture mambo does not exist; did you mean mamba? valid: lot, mamba, s4d, s5, transformer"),
-        (("rnn",), "architecture rnn does not exist; valid: lot, mamba, s4d, s5, transformer"),
-        ((None,), "architecture None does not exist; valid: lot, mamba, s4d, s5, transformer"),
-        ((["mamba"],), "architecture ['mamba'] does not exist; did you mean mamba? valid: lot, mamba, s4d, s5, transformer"),
-        (("mamba", "s6"), "ssm_layer s6 does not exist; valid: mamba, s4, s4d, s5"),
-        (("h3", "s4d"), "architecture h3 is not there yet; there are lot, mamba, s4d, s5, transformer"),
-        (("mamba", "s4"), "mamba has no place for an ssm_layer, got s4; leave it out"),
+        (("mambo",), f"architecture mambo does not exist; did you mean mamba? valid: {NAMES}"),
+        (("rnn",), f"architecture rnn does not exist; valid: {NAMES}"),
+        ((None,), f"architecture None does not exist; valid: {NAMES}"),
+        ((["mamba"],), f"architecture ['mamba'] does not exist; did you mean mamba? valid: {NAMES}"),
+        (("mamba", "s6"), f"ssm_layer s6 does not exist; valid: {', '.join(LAYERS)}"),
+        (("h3", "s4dd"), f"ssm_layer s4dd does not exist; did you mean s4d? valid: {', '.join(LAYERS)}"),
+        (("laminarnet",), f"architecture laminarnet is not there yet; there are {NAMES}"),
+        (("s5", "s4d"), "s5 has no place for an ssm_layer, got s4d; leave it out"),
+        (("h3", "s4d", {"init_method": "lin"}), "architecture_kwargs init_method does not exist; it belongs in layer_kwargs"),
+        (("h3", "s4d", None, {"d_head": 2}), "layer_kwargs d_head does not exist; it belongs in architecture_kwargs"),
+        (("h3", "s4d", {"d_hed": 2}), "architecture_kwargs d_hed does not exist; did you mean d_head? valid: d_ff, d_head, d_model, "),
+        (("mamba", "s4d", {"dt_rank": 2}), "architecture_kwargs dt_rank does not exist; valid: d_conv, d_ff, d_model, dropout, "),
+        (("gated_mlp", None, {"bidirectional": True}), "layer_kwargs bidirectional does not exist; valid: activation, expand_factor"),
+        (("h3", {"d_head": 2}, {"d_head": 2}), "d_head is given twice, in layer_kwargs and in architecture_kwargs"),
         (("mamba", [3]), "architecture_kwargs must be a dict of arguments, got [3]"),
         (("mamba", None, [3]), "layer_kwargs must be a dict of arguments, got [3]"),
         (("mamba", None, {3: 3}), "layer_kwargs 3 does not exist; valid: d_conv, d_state, dt_max, "),
-        (("mamba", "s4d"), "mamba has no place for an ssm_layer, got s4d; leave it out"),
         (("transformer",), 'a transformer of kind encoder_decoder is not there yet; architecture_kwargs={"kind": "decoder"} is'),
         (("transformer", {"kind": "decode"}), "kind decode does not exist; did you mean decoder? valid: decoder, encoder, encoder_decoder"),
-        (("mamba", {"d_fff": 2}), "architecture_kwargs d_fff does not exist; did you mean d_ff? valid: d_ff, d_model, dropout, max_len, "),
+        (("mamba", {"d_fff": 2}), "architecture_kwargs d_fff does not exist; did you mean d_ff? valid: d_conv, d_ff, d_model, dropout, "),
         (("mamba", {"kind": "decoder"}), "architecture_kwargs kind does not exist; valid: "),
         (("mamba", {"num_layers": 1, "n_layers": 1}), "architecture_kwargs has n_layers twice, under two names"),
         (

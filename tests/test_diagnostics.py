@@ -16,7 +16,7 @@ from lab.analysis import plot_responses, plot_selectivity, plot_spectrum, plot_t
 from lab.analysis.snapshots import read_snapshot, snapshot_steps
 from lab.analysis.state_spaces import DT_EDGES, decay, discrete, memory, selective_responses, two_sided
 from lab.config import compose, first_difference
-from lab.mixers import Attention, Lattice, MambaLayer, Mixer, Output, S4DLayer, S5Layer
+from lab.mixers import Attention, Lattice, MambaLayer, Mixer, Output, S4DLayer, S4Layer, S5Layer
 from lab.models import Stack, initialise
 from lab.ops import selective_scan
 from lab.tasks import Batch
@@ -30,6 +30,8 @@ LAYERS = [
     lambda: S5Layer(D, d_state=8, blocks=2),
     lambda: S5Layer(D, d_state=8, bidirectional=True),
     lambda: MambaLayer(D, d_state=4),
+    lambda: S4Layer(D, d_state=8),
+    lambda: S4Layer(D, d_state=8, init_method="legt", bidirectional=True),
 ]
 WORDS = (
     *(word for word in TINY if not word.startswith("model.mixer.") and word != "~callbacks.state_spaces"),
@@ -79,7 +81,7 @@ def test_recorded_eigenvalues_are_those_of_the_formulas():
 
 
 def before_gelu(layer, x, monkeypatch):
-    """y (B, L, D) of S4D and S5, whose output goes on through GELU and a gate."""
+    """y (B, L, D) of S4, S4D and S5, whose output goes on through GELU and a gate."""
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(F, "gelu", lambda y: seen.append(y) or y)
@@ -88,7 +90,7 @@ def before_gelu(layer, x, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", LAYERS[:4])
+@pytest.mark.parametrize("make", [*LAYERS[:4], *LAYERS[5:]])
 def test_the_kernel_is_the_answer_to_an_impulse(make, monkeypatch):
     """An impulse at token s in each channel, one channel in each row; bidirectional layers answer before it as well."""
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from export_checks import GRAPHS, at_once, check, export  # noqa: F401 (fixtures)
-from test_models import MODELS, V, from_yaml, lattice
+from test_models import KINDS, V, from_yaml, lattice
 from torch import nn
 
 import lab
@@ -36,9 +36,23 @@ def isolated_unless_quick(format, request):
 
 
 @pytest.mark.usefixtures("isolated_unless_quick")
-@in_every_format(MODELS)
+@in_every_format(KINDS)
 def test_yaml_exports(format, name, tmp_path):
     check(export(from_yaml(name), format, tmp_path, 32))
+
+
+MIXERS = {
+    "h3_heads": partial(lab.mixers.H3Layer, d_head=2, d_state=4),
+    "h3_mamba": partial(lab.mixers.H3Layer, d_state=4, ssm_layer=lab.mixers.MambaLayer),
+    "mamba_s4d": partial(lab.mixers.MambaLayer, ssm_layer=partial(lab.mixers.S4DLayer, d_state=4)),
+    "gated_mlp_alone": lab.mixers.GatedMLP,
+}
+
+
+@pytest.mark.usefixtures("isolated_unless_quick")
+@in_every_format(list(MIXERS))
+def test_slots_export(format, name, tmp_path):
+    check(export(Stack(V, 8, 1, MIXERS[name], d_ff=0, position="none"), format, tmp_path))
 
 
 LATTICES = {

@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lab.analysis import conformance
+from lab.config import compose
 from lab.mixers import Attention, Lattice, Mixer, Output
 from lab.models import Stack, initialise
 from lab.models.create import ARCHITECTURES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+SIZES = {name for name in MODELS if set(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model) <= {"d_model", "n_layers"}}
+KINDS = [name for name in MODELS if name not in SIZES]  # shrunk, the sizes of one architecture are the same model
+SHRUNK = {"h3_attention": ("model.n_layers=3",), "gated_mlp": ("model.mixer.expand_factor=1",)}  # besides from_yaml's words
 V, L = 11, 9
 
 
@@ -27,14 +31,13 @@ def random_tokens(batch: int = 3, length: int = L) -> torch.Tensor:
     return torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def compose_yaml(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return compose(f"model/{name}", overrides=list(overrides))
+def compose_yaml(name: str, *words: str):
+    return OmegaConf.create(compose([f"model={name}", *words]).config)
 
 
 def from_yaml(name: str, seq_len: int = 32) -> Stack:
-    config = compose_yaml(name, f"+task={{vocab_size: {V}, seq_len: {seq_len}}}", "model.d_model=32", "model.n_layers=2")
-    return instantiate(config.model)
+    words = f"task.vocab_size={V}", f"task.seq_len={seq_len}", "model.d_model=32", "model.n_layers=2", *SHRUNK.get(name, ())
+    return instantiate(compose_yaml(name, *words).model)
 
 
 def lattice(n_heads: int = 4, d_model: int = 16, position: str = "learned", dropout: float = 0.0, **options) -> Stack:
@@ -69,12 +72,12 @@ def conform(make) -> None:
     conformance.check_checkpoint(model, make, random_tokens())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_yaml_conforms(name):
     conform(lambda: from_yaml(name))
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba_attention"])  # shrunk, the sizes of one architecture are the same model
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba_attention"])
 def test_yaml_conforms_across_the_borders_of_chunks(name):
     model = from_yaml(name, seq_len=conformance.LONG)
     initialise(model, 0)
@@ -298,7 +301,7 @@ def test_the_trunk_written_out():
 
 def test_documented_sizes_and_names():
     with torch.device("meta"):
-        model = instantiate(compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").model)
+        model = instantiate(compose_yaml("lot", "task.vocab_size=1000").model)
     assert [tuple(t.shape) for t in (model.embedding.weight, model.position.weight, model.head.weight)] == [
         (1000, 256),
         (128, 256),
@@ -310,7 +313,7 @@ def test_documented_sizes_and_names():
         *(f"{name}.weight" for name in ("q", "k", "v", "o", "drive")), "omega", "kappa", "alpha",
     }  # fmt: skip
     assert (mixer.n_heads, mixer.W.shape, model.dropout.p, model.max_len) == (8, (8, 8), 0.1, 128)
-    weights = compose_yaml("lot", "+task={vocab_size: 1000, seq_len: 128}").loss_weights
+    weights = compose_yaml("lot", "task.vocab_size=1000").loss_weights
     assert dict(weights) == {"sync": 0.02, "diversity": 0.01} and set(weights) == set(model.loss_names)
 
 
@@ -320,7 +323,7 @@ PUBLISHED = {"mamba_130m": 129_135_360, "mamba_370m": 371_516_416}  # parameters
 @pytest.mark.parametrize("name", MODELS)
 def test_every_yaml_at_its_own_size(name):
     with torch.device("meta"):
-        model = instantiate(compose_yaml(name, "+task={vocab_size: 50280, seq_len: 128}").model)
+        model = instantiate(compose_yaml(name, "task.vocab_size=50280").model)
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == PUBLISHED.get(name, parameters)
 

@@ -1,4 +1,4 @@
-"""S4D, S5 and Mamba used alone: initialisations, and outputs against their formulas written as loops in complex double precision."""
+"""S4, S4D, S5 and Mamba used alone: initialisations, and outputs against their formulas written as loops in complex double precision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils import _pytree as pytree
 from lab.analysis.conformance import randomise
 from lab.export.graphs import graphs
 from lab.layers.hippo import Hippo, InitMethod, diagonalise, eigenvalues, hippo
-from lab.mixers import MambaLayer, S4DLayer, S5Layer
+from lab.mixers import MambaLayer, S4DLayer, S4Layer, S5Layer
 from lab.models import Stack
 from lab.training.optimizer import parameter_groups
 
 METHODS = get_args(InitMethod)
-LAYERS = [S4DLayer, S5Layer, MambaLayer]
-LTI = [S4DLayer, S5Layer]
+LAYERS = [S4Layer, S4DLayer, S5Layer, MambaLayer]
+LTI = [S4Layer, S4DLayer, S5Layer]
 
 
 def sequence(B: int = 2, L: int = 19, D: int = 8) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_mamba_by_its_formula(method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [*LAYERS, partial(S4DLayer, rate=2.0), partial(S5Layer, rate=2.0, blocks=2)])
+@pytest.mark.parametrize("make", [*LAYERS, partial(S4Layer, rate=2.0), partial(S4DLayer, rate=2.0), partial(S5Layer, rate=2.0, blocks=2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_go_on_from_a_prefill_whatever_the_start(make, method):
     layer, x = make(8, d_state=8, init_method=method).eval(), sequence(L=21)
@@ -266,6 +266,30 @@ def test_both_directions(make):
     models = [Stack(11, 8, 2, mixed, pattern=pattern, position="none") for pattern in (["one"], ["one", "both"])]
     assert [model.causal for model in models] == [True, False]
     assert [[graph.name for graph in graphs(model).graphs] for model in models] == [["sequence", "prefill", "step"], ["sequence"]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", LTI)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_state_space_alone(make, bidirectional, monkeypatch):
+    """mixing=False gives what otherwise goes into GELU, from the same parameters without those of the projection."""
+    layer, x = make(8, d_state=8, bidirectional=bidirectional).eval(), sequence()
+    alone = make(8, d_state=8, bidirectional=bidirectional, mixing=False)
+    projection = {"out.weight", "out.bias", "gate.weight", "gate.bias"}
+    weights = layer.state_dict()
+    alone.load_state_dict({name: t for name, t in weights.items() if name not in projection})
+    assert len(weights) == len(alone.state_dict()) + 2
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "gelu", lambda y: seen.append(y) or y)
+        layer(x)
+    assert torch.equal(alone(x), seen[0])
+    assert alone(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_has_no_place_without_mixing():
+    with pytest.raises(ValueError, match="^S4DLayer: dropout=0.1 belongs to the mixing, which mixing=False leaves out; it must be 0$"):
+        S4DLayer(8, dropout=0.1, mixing=False)
 
 
 # Change of sampling rate
@@ -303,6 +327,7 @@ def test_words_of_the_documentation():
     x = torch.randn(2, 10, 256)
     assert MambaLayer(d_model=256, d_state=16, expand_factor=2, init_method="inv")(x).shape == x.shape
     assert S5Layer(256)(x).shape == S4DLayer(256)(x).shape == x.shape
+    assert S4Layer(d_model=256, d_state=64, init_method="legs", bidirectional=False)(x).shape == x.shape
 
 
 @torch.no_grad()
@@ -370,8 +395,18 @@ def test_an_empty_state_has_the_type_that_is_asked_for(make):
 
 def test_what_state_spaces_learn_slowly_and_without_decay():
     """A, B and dt: no weight decay, lr 1e-3 at most; of Mamba, A_log and D are not decayed."""
-    slow = {S4DLayer: {"log_dt", "log_A_re", "A_im"}, S5Layer: {"log_dt", "log_A_re", "A_im", "B"}, MambaLayer: set()}
-    undecayed = {S4DLayer: {"D", "out.bias"}, S5Layer: {"D", "gate.bias"}, MambaLayer: {"A_log", "D", "conv1d.bias", "dt_proj.bias"}}
+    slow = {
+        S4Layer: {"log_dt", "log_A_re", "A_im", "P", "B"},
+        S4DLayer: {"log_dt", "log_A_re", "A_im"},
+        S5Layer: {"log_dt", "log_A_re", "A_im", "B"},
+        MambaLayer: set(),
+    }
+    undecayed = {
+        S4Layer: {"D", "out.bias"},
+        S4DLayer: {"D", "out.bias"},
+        S5Layer: {"D", "gate.bias"},
+        MambaLayer: {"A_log", "D", "conv1d.bias", "dt_proj.bias"},
+    }
     for make in LAYERS:
         model = Stack(11, 16, 1, partial(make, d_state=4), d_ff=0, position="none")
         for lr in (1e-2, 1e-4):

@@ -301,6 +301,35 @@ void state_space(Operands o, Call& call) {
     });
 }
 
+// h = h + d h - sum_j right_j dot(left_j, h) + b u,   y = dot(C, h) + D u,   dot(a, h) = 2 Re sum_n a_n h_n; complex arrays as above
+void dplr(Operands o, Call& call) {
+  const Rows y = o.rows(), u = o.rows(), h = o.rows();
+  const float *d = o.array(), *right = o.array(), *left = o.array(), *b = o.array(), *C = o.array(), *D = o.array();
+  const int64_t width = o.number(), N = o.number(), rank = o.number(), all = (width + GROUP - 1) / GROUP * N * 2 * GROUP;
+  for (int64_t row = 0; row < call.B; row++)
+    over(width, [&](int64_t i, auto lanes) {
+      const int64_t at = i / GROUP * N * 2 * GROUP + i % GROUP, end = at + N * 2 * GROUP;
+      V along[4] = {};
+      for (int64_t r = 0; r < rank; r++)
+        for (int64_t j = at; j < end; j += 2 * GROUP)
+          along[r] += load(left + r * all + j) * load(h[row] + j) - load(left + r * all + j + GROUP) * load(h[row] + j + GROUP);
+      const V x = load(u[row] + i, lanes);
+      V total{};
+      for (int64_t j = at; j < end; j += 2 * GROUP) {
+        const V re = load(h[row] + j), im = load(h[row] + j + GROUP), d_re = load(d + j), d_im = load(d + j + GROUP);
+        V next = re + d_re * re - d_im * im + load(b + j) * x, next_im = im + d_re * im + d_im * re + load(b + j + GROUP) * x;
+        for (int64_t r = 0; r < rank; r++) {
+          next -= load(right + r * all + j) * (2.f * along[r]);
+          next_im -= load(right + r * all + j + GROUP) * (2.f * along[r]);
+        }
+        store(h[row] + j, next);
+        store(h[row] + j + GROUP, next_im);
+        total += load(C + j) * next - load(C + j + GROUP) * next_im;
+      }
+      store(y[row] + i, 2.f * total + load(D + i, lanes) * x, lanes);
+    });
+}
+
 // h = a h + x, complex: all real parts, then all imaginary ones
 void rotate(Operands o, Call& call) {
   const Rows h = o.rows(), x = o.rows();
@@ -424,8 +453,8 @@ void oscillate(Operands o, Call& call) {
 
 using Instruction = void (*)(Operands, Call&);
 constexpr Instruction INSTRUCTIONS[] = {  // in the order of lab/ops/program.py
-    embed, norm, linear, map<Sigmoid>, map<Silu>, map<Gelu>, map<Softplus>, add, multiply, conv, scan, state_space, rotate, attend, oscillate,
-    linear_packed};
+    embed, norm, linear, map<Sigmoid>, map<Silu>, map<Gelu>, map<Softplus>, map<Relu>, add, multiply, conv, scan, state_space, rotate, attend, oscillate,
+    linear_packed, dplr};
 
 // The first of the largest, and NaN is larger than any number: as torch's argmax.
 int64_t argmax(const float* x, int64_t n) {

@@ -33,6 +33,10 @@ struct Softplus {
   }
 };
 
+struct Relu {
+  INLINE Vector<float> of(Vector<float> x) { return x > 0.f ? x : Vector<float>{}; }
+};
+
 // x Phi(x), the exact form. Phi of a negative number is erfc / 2 = t p(t) e^(-z^2) / 2 (Abramowitz and Stegun, 7.1.26).
 struct Gelu {
   INLINE Vector<float> of(Vector<float> x) {

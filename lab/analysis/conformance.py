@@ -46,8 +46,9 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
                 bias.copy_(low + (high - low) * uniform)
 
 
-def same(got: Tensor, want: Tensor, what: str) -> None:
-    torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}")
+def same(got: Tensor, want: Tensor, what: str, size: float = 1.0) -> None:
+    """size: of what was summed up, where that is longer than usual: what float32 rounds off grows with it."""
+    torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL * size, msg=lambda text: f"{what}: {text}")
 
 
 def identical(got: Tensor, want: Tensor, what: str) -> None:
@@ -219,20 +220,21 @@ def check_borders(model: SequenceModel, tokens: Tensor, borders: tuple[int, ...]
     batch that end at, before and behind such a place. tokens (3, L), L at least two more than the last border."""
     with evaluating(model):
         want = model(tokens)
+        alike = partial(same, size=max(1.0, float(want.abs().max())))
         for n in borders:
             logits, state = model.prefill(tokens[:, :n])
-            same(logits, want[:, :n], f"prefill of {n}")
+            alike(logits, want[:, :n], f"prefill of {n}")
             rest, _ = model.prefill(tokens[:, n:], state)
-            same(rest, want[:, n:], f"second prefill after {n}")
+            alike(rest, want[:, n:], f"second prefill after {n}")
             lengths = torch.tensor([n, n - 1, max(1, n - 2)], device=tokens.device)
             padded = model(tokens[:, :n], lengths=lengths, want=("state",))
             rows = torch.arange(len(tokens), device=tokens.device)
             for step in range(2):
                 logits, state = model.step(tokens[:, n + step], state)
-                same(logits, want[:, n + step], f"step {step + 1} after a prefill of {n}")
+                alike(logits, want[:, n + step], f"step {step + 1} after a prefill of {n}")
                 place = lengths + step
                 logits, padded_state = model.step(tokens[rows, place], padded.state)
-                same(logits, want[rows, place], f"step {step + 1} after a padded prefill of {lengths.tolist()}")
+                alike(logits, want[rows, place], f"step {step + 1} after a padded prefill of {lengths.tolist()}")
                 padded = padded._replace(state=padded_state)
 
 

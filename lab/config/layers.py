@@ -36,9 +36,9 @@ def of_files(request: Request) -> tuple[list[Layer], dict[str, str]]:
 
 
 def _of_file(file: Path, package: tuple[str, ...], config: Any) -> Layer:
-    """What a file sets, at the package that it is merged at."""
+    """What a file sets, at the package that it is merged at. An empty one sets nothing, not an empty node."""
     tree = _plain(config)
-    for name in reversed(package):
+    for name in reversed(package if tree else ()):
         tree = {name: tree}
     return Layer(files.show(file), tree, {(*package, *key): line for key, line in files.lines(file).items()})
 

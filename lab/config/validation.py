@@ -57,7 +57,7 @@ def _check(config: Config, root: Root, trust: list[str] | None, late: bool) -> N
                 raise
             value = lookup(tree, mistake.key)
             for choice in config.choices:
-                if value and isinstance(value[0], str) and choice.rpartition("@")[2] == dotted(mistake.key):
+                if value and isinstance(value[0], str) and choice.rpartition("@")[2] in (dotted(mistake.key), mistake.key[-1]):
                     mistake.problem += f"; an option is chosen by {choice}={value[0]}, in a file by `override /{choice}: {value[0]}`"
             raise
 

@@ -18,6 +18,8 @@ from torch import Tensor
 Hippo: TypeAlias = Literal["legs", "legt", "fourier"]
 InitMethod: TypeAlias = Literal["legs", "legt", "fourier", "lin", "inv", "real"]
 
+LEAST = 1e-2  # decay of a normal part that has none: in float32 a sum over poles on the axis would lose its digits
+
 
 class Diagonal(NamedTuple):
     """complex128; n = N / 2, the eigenvalues with an imaginary part of 0 or more."""
@@ -83,6 +85,27 @@ def eigenvalues(method: InitMethod, N: int) -> Tensor:
         case "real":
             return torch.complex(-(n + 1), torch.zeros_like(n))
     raise ValueError(f"init_method={method!r}; expected {', '.join(get_args(InitMethod))}")
+
+
+class LowRank(NamedTuple):
+    """A = diag(eigenvalues) - sum over the rows p of P of p p*, complex128; n = N / 2, one of each pair."""
+
+    eigenvalues: Tensor  # (n,)
+    B: Tensor  # (n,)
+    P: Tensor  # (r, n)
+
+
+def low_rank(method: InitMethod, N: int) -> LowRank:
+    """What a layer whose matrix is diagonal plus low rank starts from, with N states in conjugate pairs.
+
+    legs, legt (r = 2), fourier: the HiPPO matrix itself, but for a real part of LEAST where rho = 0. lin, inv, real: the eigenvalues of
+    the diagonal forms, B = 1, and P = B, as in HiPPO-Fourier: P = 0 would never learn, its gradient is 0.
+    """
+    if method in ("legs", "legt", "fourier"):
+        found = diagonalise(method, N)
+        return LowRank(torch.complex(found.eigenvalues.real.clamp(max=-LEAST), found.eigenvalues.imag), found.B, found.P)
+    diagonal = eigenvalues(method, N)
+    return LowRank(diagonal, torch.ones_like(diagonal), torch.ones_like(diagonal)[None])
 
 
 def _check_even(N: int) -> None:

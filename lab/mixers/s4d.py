@@ -3,7 +3,7 @@
     x' = A x + u,  y = 2 Re(C . x) + D u,  sampled with step dt:   h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A u_t
 
 B = batch, L = length, D = d_model, n = d_state / 2 conjugate pairs; complex numbers as pairs (..., 2).
-State: {"h": (B, D, n, 2)}, float32, or float64 of a layer in float64. Then GELU, dropout, Linear(D -> 2D), GLU.
+State: {"h": (B, D, n, 2)}, float32, or float64 of a layer in float64. With mixing GELU, dropout, Linear(D -> 2D), GLU follow.
 Record: eigenvalues A (D, n, 2), dt (D, 1), kernel (1, D, L): y - D u for a unit impulse; bidirectional (2, D, L), the second for the tokens
 before it.
 """
@@ -14,11 +14,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
-from lab.ops import fft_conv, linear_recurrence, ssm_kernel
+from lab.mixers.base import State, at_least_float32
+from lab.mixers.state_space import LongConvolution, learn_slowly
+from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
 from lab.ops.program import Program, Value
@@ -26,9 +26,10 @@ from lab.ops.program import Program, Value
 CHUNK = 256  # tokens whose states (B, CHUNK, D, n, 2) a prefill holds at once
 
 
-class S4DLayer(Mixer):
+class S4DLayer(LongConvolution):
     """d_state: even, of N real states. init_method: of A (lab/layers/hippo.py). dt starts log-uniform in [dt_min, dt_max]. rate: the input
-    is sampled `rate` times as coarsely as in training. bidirectional: a second kernel looks back from the end; there is no state then."""
+    is sampled `rate` times as coarsely as in training. bidirectional: a second kernel looks back from the end; there is no state then.
+    dropout: before the last projection. mixing: False leaves out all that follows y."""
 
     def __init__(
         self,
@@ -40,12 +41,10 @@ class S4DLayer(Mixer):
         rate: float = 1.0,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        mixing: bool = True,
     ) -> None:
-        super().__init__()
-        check_at_least("S4DLayer", 1, d_model=d_model)
-        check_time_steps("S4DLayer", dt_min, dt_max, rate)
-        self.init_method, self.dt_min, self.dt_max, self.rate, self.bidirectional = init_method, dt_min, dt_max, rate, bidirectional
-        self.causal = not bidirectional
+        super().__init__(d_model, dt_min, dt_max, rate, bidirectional, dropout, mixing)
+        self.init_method = init_method
         self.n = len(eigenvalues(init_method, d_state))
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_re = nn.Parameter(torch.empty(d_model, self.n))  # A = -exp(log_A_re) + i A_im
@@ -53,9 +52,8 @@ class S4DLayer(Mixer):
         self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, self.n, 2))
         self.D = nn.Parameter(torch.empty(d_model))
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(d_model, 2 * d_model)
-        for parameter in (self.log_dt, self.log_A_re, self.A_im):
-            parameter._optim = {"weight_decay": 0.0, "lr": 1e-3}  # type: ignore[attr-defined]
+        self.out = nn.Linear(d_model, 2 * d_model) if mixing else None
+        learn_slowly(self.log_dt, self.log_A_re, self.A_im)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,34 +76,25 @@ class S4DLayer(Mixer):
         w = dt[..., None] * A
         return w, divide(expm1(w), A)
 
-    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
-        w, b = self.discrete()
-        u, C, D = (at_least_float32(t) for t in (x, self.C, self.D))
-        h0 = None if state is None else state["h"]
-        after: State = None
-        if h0 is not None and x.shape[1] == 1:
+    def response(self, u: Tensor, h0: Tensor | None, lengths: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        (w, b), C, D = self.discrete(), at_least_float32(self.C), at_least_float32(self.D)
+        if h0 is not None and u.shape[1] == 1:
             h = multiply(exp(w), h0) + b * u[:, 0, :, None, None]
             y = read(C[0], h)[:, None] + D * u
-            after = {"h": h if lengths is None else torch.where((lengths > 0)[:, None, None, None], h, h0)}
-        else:
-            y = fft_conv(u, ssm_kernel(w, multiply(C[0], b), x.shape[1]), D)
-            if h0 is not None:
-                y = y + self.echo(h0, w, C[0], x.shape[1])
-            if self.bidirectional:
-                backwards = reversed_rows(u, lengths)
-                y = y + reversed_rows(fft_conv(backwards, ssm_kernel(w, multiply(C[1], b), x.shape[1])), lengths)
-            if "state" in want:
-                after = {"h": self.last_state(u, w, b, h0, lengths)}
-        y = self.out(self.dropout(F.gelu(y)).to(x.dtype))
-        return Output(F.glu(y), after, record=self.record(x.shape[1]) if "record" in want else {})
+            return y, h if lengths is None else torch.where((lengths > 0)[:, None, None, None], h, h0)
+        y = self.convolved(u, self.kernels(u.shape[1]), lengths)
+        if h0 is not None:
+            y = y + self.echo(h0, w, C[0], u.shape[1])
+        return y, self.last_state(u, w, b, h0, lengths) if wanted else None
+
+    def kernels(self, length: int) -> list[Tensor]:
+        """(D, length) for each direction: y - D u for a unit impulse."""
+        w, b = self.discrete()
+        return [ssm_kernel(w, multiply(C, b), length) for C in at_least_float32(self.C)]
 
     def record(self, length: int) -> dict[str, Tensor]:
-        (A, dt), (w, b) = self.continuous(), self.discrete()
-        return {
-            "eigenvalues": A,
-            "dt": dt,
-            "kernel": torch.stack([ssm_kernel(w, multiply(C, b), length) for C in at_least_float32(self.C)]),
-        }
+        A, dt = self.continuous()
+        return {"eigenvalues": A, "dt": dt, "kernel": torch.stack(self.kernels(length))}
 
     def echo(self, h0: Tensor, w: Tensor, C: Tensor, length: int) -> Tensor:
         """What the state h0 (B, D, n, 2) adds to the outputs of the next `length` tokens, (B, length, D)."""
@@ -126,27 +115,9 @@ class S4DLayer(Mixer):
 
     def program(self, p: Program, x: Value, state: State) -> Value:
         w, b = self.discrete()
-        y = p.apply("gelu", p.state_space(x, exp(w), b, self.C[0], self.D, state["h"]))
-        value, gate = p.linear(self.out, y).split(x.width, x.width)
-        return p.multiply(value, p.apply("sigmoid", gate))
-
-    @property
-    def time_step_bias(self) -> nn.Parameter:
-        return self.log_dt
-
-    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        self.check_causal()
-        return {"h": torch.zeros(batch_size, *self.A_im.shape, 2, device=device or self.D.device, dtype=state_type(dtype or self.D.dtype))}
+        return self.mixed(p, p.state_space(x, exp(w), b, self.C[0], self.D, state["h"]))
 
 
 def read(C: Tensor, h: Tensor) -> Tensor:
     """C (D, n, 2), h (B, D, n, 2) -> 2 Re(C . h) (B, D)"""
     return 2 * (C[..., 0] * h[..., 0] - C[..., 1] * h[..., 1]).sum(-1)
-
-
-def reversed_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x (B, L, D) with the real tokens of each row in reverse order, and zeros behind them."""
-    if lengths is None:
-        return x.flip(1)
-    place = lengths.to(x.device)[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
-    return torch.where((place >= 0)[..., None], x.gather(1, place.clamp(min=0)[..., None].expand_as(x)), 0)

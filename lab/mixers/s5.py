@@ -1,6 +1,6 @@
 """S5: one state space for all channels, by a scan.      arXiv:2208.04933
 
-    h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A (B~ u_t),   y_t = 2 Re(C~ h_t) + D u_t,   then g = GELU(y), g * sigmoid(W g)
+    h_t = e^{dt A} h_{t-1} + (e^{dt A} - 1)/A (B~ u_t),   y_t = 2 Re(C~ h_t) + D u_t,   with mixing g * sigmoid(W g), g = GELU(y)
 
 B = batch, L = length, D = d_model, P = d_state / 2 conjugate pairs of `blocks` blocks of HiPPO-LegS; complex numbers as pairs (..., 2).
 State: {"h": (B, P, 2)}, float32, or float64 of a layer in float64.
@@ -14,17 +14,16 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
-from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
-from lab.mixers.s4d import reversed_rows
+from lab.mixers.base import State, at_least_float32, check_at_least
+from lab.mixers.state_space import StateSpace, learn_slowly, reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
 from lab.ops.program import Program, Value
 
 
-class S5Layer(Mixer):
+class S5Layer(StateSpace):
     """d_state: even in each of the `blocks`. The other arguments are those of S4DLayer."""
 
     def __init__(
@@ -37,15 +36,13 @@ class S5Layer(Mixer):
         dt_max: float = 1e-1,
         rate: float = 1.0,
         bidirectional: bool = False,
+        mixing: bool = True,
     ) -> None:
-        super().__init__()
-        check_at_least("S5Layer", 1, d_model=d_model, d_state=d_state, blocks=blocks)
-        check_time_steps("S5Layer", dt_min, dt_max, rate)
+        super().__init__(d_model, dt_min, dt_max, rate, bidirectional, mixing)
+        check_at_least("S5Layer", 1, d_state=d_state, blocks=blocks)
         if d_state % (2 * blocks):
             raise ValueError(f"S5Layer: d_state={d_state} must be a multiple of 2 blocks={2 * blocks}")
         self.d_state, self.blocks, self.init_method = d_state, blocks, init_method
-        self.dt_min, self.dt_max, self.rate, self.bidirectional = dt_min, dt_max, rate, bidirectional
-        self.causal = not bidirectional
         P = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(P))
         self.log_A_re = nn.Parameter(torch.empty(P))  # A = -exp(log_A_re) + i A_im
@@ -53,9 +50,8 @@ class S5Layer(Mixer):
         self.B = nn.Parameter(torch.empty(P, d_model, 2))
         self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, P, 2))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.gate = nn.Linear(d_model, d_model)
-        for parameter in (self.log_dt, self.log_A_re, self.A_im, self.B):
-            parameter._optim = {"weight_decay": 0.0, "lr": 1e-3}  # type: ignore[attr-defined]
+        self.gate = nn.Linear(d_model, d_model) if mixing else None
+        learn_slowly(self.log_dt, self.log_A_re, self.A_im, self.B)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -72,14 +68,16 @@ class S5Layer(Mixer):
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.normal_(self.D)
 
-    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
-        u, C, D = (at_least_float32(t) for t in (x, self.C, self.D))
-        y, last = self.scan(u, C[0], None if state is None else state["h"], lengths)
+    def response(self, u: Tensor, h0: Tensor | None, lengths: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        C, D = at_least_float32(self.C), at_least_float32(self.D)
+        y, last = self.scan(u, C[0], h0, lengths)
         if self.bidirectional:
             y = y + reversed_rows(self.scan(reversed_rows(u, lengths), C[1], None, None)[0], lengths)
-        g = F.gelu(y + D * u).to(x.dtype)
-        after = {"h": last.clone()} if "state" in want else None  # not a view of all states
-        return Output(g * torch.sigmoid(self.gate(g)), after, record=self.record(x.shape[1]) if "record" in want else {})
+        return y + D * u, last.clone() if wanted else None  # not a view of all states
+
+    def mix_channels(self, g: Tensor) -> Tensor:
+        assert self.gate is not None
+        return g * torch.sigmoid(self.gate(g))
 
     def scan(self, u: Tensor, C: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """u (B, L, D) -> 2 Re(C h) (B, L, D), the last state (B, P, 2)"""
@@ -111,13 +109,8 @@ class S5Layer(Mixer):
         into = multiply(b[:, None], self.B)  # (P, D, 2)
         h = p.rotate(p.linear(torch.cat([into[..., 0], into[..., 1]]), x), exp(w), state["h"])
         y = p.linear(2 * torch.cat([self.C[0, ..., 0], -self.C[0, ..., 1]], 1), h)
-        g = p.apply("gelu", p.add(y, p.multiply(x, p.constant(self.D))))
+        y = p.add(y, p.multiply(x, p.constant(self.D)))
+        if self.gate is None:
+            return y
+        g = p.apply("gelu", y)
         return p.multiply(g, p.apply("sigmoid", p.linear(self.gate, g)))
-
-    @property
-    def time_step_bias(self) -> nn.Parameter:
-        return self.log_dt
-
-    def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        self.check_causal()
-        return {"h": torch.zeros(batch_size, len(self.A_im), 2, device=device or self.D.device, dtype=state_type(dtype or self.D.dtype))}

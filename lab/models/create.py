@@ -1,7 +1,7 @@
-"""`create_model("mamba", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
+"""`create_model("h3", "s4", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
 
 With `vocab_size` it maps tokens (B, L) to logits (B, L, V), without floats (B, L, D) to floats (B, L, D). The models are those of
-configs/model/ by the same names.
+configs/model/ by the same names, and what stands in a slot that of configs/ssm_layer/.
 """
 
 from __future__ import annotations
@@ -9,26 +9,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
-from lab.mixers import Attention, Lattice, MambaLayer, Mixer, S4DLayer, S5Layer
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
 from lab.models.stack import Stack
 
-STATE_SPACE: dict[str, Any] = {"d_ff": 0, "position": "none"}
-ARCHITECTURES: dict[str, tuple[Callable[..., Mixer], dict[str, Any]]] = {
-    "lot": (partial(Lattice, n_heads=8), {}),
-    "mamba": (MambaLayer, {**STATE_SPACE, "norm": "rms", "tied": True}),
-    "s4d": (S4DLayer, STATE_SPACE),
-    "s5": (S5Layer, STATE_SPACE),
-    "transformer": (partial(Attention, n_heads=8), {}),
-}
-"""The layer, and what the stack around it has that is not Stack's default."""
 
-LATER = ("gated_mlp", "h3", "laminarnet", "s4", "serriformnet")
-SSM_LAYERS = ("mamba", "s4", "s4d", "s5")  # what has a place in h3 and gated_mlp
+class Architecture(NamedTuple):
+    layer: Callable[..., Mixer]
+    stack: dict[str, Any] = {}  # what the stack around the layer has that is not Stack's default
+    own: tuple[str, ...] = ()  # of a layer with a slot: its arguments that do not depend on what stands there
+
+
+STATE_SPACE: dict[str, Any] = {"d_ff": 0, "position": "none"}
+ARCHITECTURES = {
+    "gated_mlp": Architecture(GatedMLP, STATE_SPACE, ("activation", "expand_factor")),
+    "h3": Architecture(H3Layer, {"position": "none"}, ("d_head", "d_state")),
+    "lot": Architecture(partial(Lattice, n_heads=8)),
+    "mamba": Architecture(MambaLayer, {**STATE_SPACE, "norm": "rms", "tied": True}, ("d_conv", "expand_factor")),
+    "s4": Architecture(S4Layer, STATE_SPACE),
+    "s4d": Architecture(S4DLayer, STATE_SPACE),
+    "s5": Architecture(S5Layer, STATE_SPACE),
+    "transformer": Architecture(partial(Attention, n_heads=8)),
+}
+LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}
+"""What a slot takes."""
+
+LATER = ("laminarnet", "serriformnet")
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
 
@@ -45,24 +55,33 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: lot, mamba, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). layer_kwargs: arguments of the layer,
-    architecture_kwargs: of the stack around it; both win over the other arguments and are left as they are. ssm_layer: the layer inside of
-    architectures that have a place for one. d_state counts for state spaces, max_seq_len where positions are learned. ValueError for what
-    does not exist. `initialise(model, seed)` makes the weights those of a seed.
+    """architecture: gated_mlp, h3, lot, mamba, s4, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer:
+    mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state
+    space of its paper and mamba the selective scan, which it also has with mamba.
+
+    layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
+    layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
+    positions are learned. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
     """
     if architecture in LATER:
         raise ValueError(f"create_model: architecture {architecture} is not there yet; there are {', '.join(ARCHITECTURES)}")
-    _expect("architecture", architecture, tuple(ARCHITECTURES))
+    _expect("architecture", architecture, ARCHITECTURES)
+    layer, defaults, own = ARCHITECTURES[architecture]
     if ssm_layer is not None:
-        _expect("ssm_layer", ssm_layer, SSM_LAYERS)
-        if ssm_layer != architecture:
+        _expect("ssm_layer", ssm_layer, LAYERS)
+        if not own and ssm_layer != architecture:
             raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
-    layer, defaults = ARCHITECTURES[architecture]
-    takes = _arguments(layer) - {"d_model"}
-    of_layer = _checked("layer_kwargs", layer_kwargs, takes)
-    with_kind = {"kind"} if architecture == "transformer" else set()
-    of_stack = _checked("architecture_kwargs", architecture_kwargs, _arguments(Stack) - {"mixer", "pattern"} | with_kind)
-    if with_kind:
+    inside = None if ssm_layer in (None, architecture) else LAYERS[ssm_layer]
+
+    kinds = {"kind"} if architecture == "transformer" else set()
+    valid = {
+        "layer_kwargs": _arguments(inside or layer) - {"d_model", "ssm_layer"},
+        "architecture_kwargs": _arguments(Stack) - {"mixer", "pattern"} | kinds | set(own),
+    }
+    of_layer = _checked("layer_kwargs", layer_kwargs, valid)
+    of_stack = _checked("architecture_kwargs", architecture_kwargs, valid)
+    of_block = {name: of_stack.pop(name) for name in own if name in of_stack}
+    if kinds:
         kind = of_stack.pop("kind", "encoder_decoder")
         _expect("kind", kind, KINDS)
         if kind != "decoder":
@@ -76,22 +95,36 @@ def create_model(
     if arguments["vocab_size"] is None:
         arguments["tied"] = of_stack.get("tied", False)
     offered = {"d_state": d_state, "n_layers": arguments["n_layers"]}
-    mixer = partial(layer, **{name: value for name, value in offered.items() if name in takes} | of_layer)
-    return Stack(mixer=mixer, **arguments)
+    if inside is not None:
+        of_block["ssm_layer"] = _partial(inside, offered, of_layer)
+    elif twice := of_block.keys() & of_layer.keys():
+        raise ValueError(f"create_model: {min(twice)} is given twice, in layer_kwargs and in architecture_kwargs")
+    else:
+        of_block |= of_layer
+    return Stack(mixer=_partial(layer, offered, of_block), **arguments)
+
+
+def _partial(layer: Callable[..., Mixer], offered: Mapping[str, Any], given: Mapping[str, Any]) -> Callable[..., Mixer]:
+    """The layer with what it takes of the arguments that are offered, and with those that are given."""
+    taken = {name: value for name, value in offered.items() if name in _arguments(layer)}
+    return partial(layer, **{**taken, **given})
 
 
 def _arguments(callable_: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(callable_).parameters)
 
 
-def _checked(what: str, given: Mapping[str, Any] | None, valid: Collection[str]) -> dict[str, Any]:
-    """A copy, with the names of the arguments for the documented ones."""
+def _checked(what: str, given: Mapping[str, Any] | None, valid: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """A copy, with the names of the arguments for the documented ones. valid: the names for `what`, and for the other dictionary."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"create_model: {what} must be a dict of arguments, got {given!r}")
     ours: dict[str, Any] = {}
     for documented, value in (given or {}).items():
         name = OURS.get(documented, documented)
-        _expect(what, name, valid)
+        for other, names in valid.items():
+            if name not in valid[what] and name in names:
+                raise ValueError(f"create_model: {what} {name} does not exist; it belongs in {other}")
+        _expect(what, name, valid[what])
         if name in ours:
             raise ValueError(f"create_model: {what} has {name} twice, under two names")
         ours[name] = value

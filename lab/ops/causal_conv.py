@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, differentiable_once
+from lab.ops.backend import Backend, Op, differentiable_once, exporting
 
 
 def causal_conv(
@@ -50,7 +50,9 @@ def causal_conv(
     before = x.new_zeros(B, tail, D, dtype=dtype) if state is None else state.to(dtype)
     offset = x.new_zeros(D, dtype=dtype) if bias is None else bias.to(dtype)
     y = CAUSAL_CONV(x.to(dtype), w.to(dtype), offset, before, dilation)
-    if lengths is None:
+    if lengths is None and exporting():
+        after = torch.cat([before, x.to(dtype)], 1)[:, L:]  # torch.export takes the maximum below for a promise that L > tail
+    elif lengths is None:
         after = torch.cat([before[:, L:], x[:, max(L - tail, 0) :].to(dtype)], 1)
     else:
         seen = torch.cat([before, x.to(dtype)], 1)

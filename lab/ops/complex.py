@@ -12,9 +12,18 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], -1)
 
 
+def conjugate(a: Tensor) -> Tensor:
+    return a * a.new_tensor([1.0, -1.0])
+
+
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """a, b (..., 2) -> a / b"""
-    return multiply(a, b * b.new_tensor([1.0, -1.0])) / b.square().sum(-1, keepdim=True)
+    return multiply(a, conjugate(b)) / b.square().sum(-1, keepdim=True)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """a, b (..., n, 2) -> sum_n a_n b_n over both of each pair of conjugates, 2 Re of it over one; the last dimensions are 1 and 1"""
+    return 2 * (a[..., :1] * b[..., :1] - a[..., 1:] * b[..., 1:]).sum(-2, keepdim=True)
 
 
 def exp(a: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ from lab.ops import native
 
 GROUP = 16  # numbers of adjacent channels that the kernel keeps together; every region begins at a multiple of it
 INSTRUCTIONS = (
-    "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "add", "multiply", "conv", "scan", "state_space", "rotate", "attend",
-    "oscillate", "linear_packed",
+    "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "relu", "add", "multiply", "conv", "scan", "state_space", "rotate", "attend",
+    "oscillate", "linear_packed", "dplr",
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
 PACKED = range(1 << 20, 1 << 28)
@@ -150,9 +150,9 @@ class Program:
         self._emit("linear", y, x, self.weight(weight), None if bias is None else self.weight(bias), *weight.shape)
         return y
 
-    def apply(self, function: Literal["sigmoid", "silu", "gelu", "softplus"], x: Value) -> Value:
+    def apply(self, function: Literal["sigmoid", "silu", "gelu", "softplus", "relu"], x: Value) -> Value:
         """A function of each number; gelu is the exact one."""
-        if function not in ("sigmoid", "silu", "gelu", "softplus"):
+        if function not in ("sigmoid", "silu", "gelu", "softplus", "relu"):
             raise ValueError(f"program: apply has no {function}")
         y = self.value(x.width)
         self._emit(function, y, x, x.width)
@@ -190,6 +190,16 @@ class Program:
         planes = [_grouped(torch.view_as_real(t).flatten(-2)) for t in (a[None], C[None], h)]
         y = self.value(u.width)
         self._emit("state_space", y, u, self.state(planes[2]), *map(self.weight, planes[:2]), self.weight(D), u.width, a.shape[1])
+        return y
+
+    def dplr(self, u: Value, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, D: Tensor, h: Tensor) -> Value:
+        """As `dplr_scan`, of rank 4 at most, and + D u: d, b, C (D, N, 2), right, left (r, D, N, 2), D (D,), h (B, D, N, 2)."""
+        self._check(d.shape == b.shape == C.shape == h.shape[1:] == right.shape[1:] and u.width == len(d) == len(D), "dplr", u)
+        if len(right) > 4:
+            raise NotCompiled(f"a diagonal plus rank {len(right)}, above 4, has no program")
+        arrays = [self.weight(_grouped(t.flatten(-2))) for t in (d[None], right, left, b[None], C[None])]
+        y = self.value(u.width)
+        self._emit("dplr", y, u, self.state(_grouped(h.flatten(-2))), *arrays, self.weight(D), u.width, d.shape[1], len(right))
         return y
 
     def rotate(self, x: Value, a: Tensor, h: Tensor) -> Value:
