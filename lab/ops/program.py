@@ -29,8 +29,8 @@ from lab.ops import native
 
 GROUP = 16  # numbers of adjacent channels that the kernel keeps together; every region begins at a multiple of it
 INSTRUCTIONS = (
-    "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "relu", "add", "multiply", "conv", "scan", "state_space", "rotate", "attend",
-    "oscillate", "linear_packed", "dplr",
+    "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "relu", "add", "multiply", "conv", "scan", "state_space", "rotate",
+    "attend", "oscillate", "linear_packed", "dplr",
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
 PACKED = range(1 << 20, 1 << 28)
