@@ -33,7 +33,7 @@ from lab.models import Stack
 VOCABULARY = 256
 MODELS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4d": S4DLayer, "s5": S5Layer}
 SIZES, QUICK = (256, 4), (32, 1)  # d_model, layers
-SLOW, MEMORY = 60.0, 0.5  # CPU seconds and part of the free memory: a side whose step would take more is left out, and its row says so
+SLOW, MEMORY = 180.0, 0.5  # CPU seconds and part of the free memory: a side whose step would take more is left out, and its row says so
 
 
 def lab_model(name: str, d_model: int, n_layers: int) -> nn.Module:

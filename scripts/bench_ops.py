@@ -9,10 +9,7 @@ Peers: pip install .[bench]; a row whose peer is missing says so.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -23,9 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from lab.files import write_json
+from lab.mixers import S4DLayer
 from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
 from lab.ops.kuramoto_scan import reference as kuramoto_loop
 
@@ -61,6 +60,22 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
         decay, frequency = torch.full((H, N), -0.5), math.pi * torch.arange(N).expand(H, N)
         dt = torch.logspace(-3, -1, H)[:, None, None]
         return [dt * torch.stack([decay, frequency], -1), torch.randn(H, N, 2)]
+
+    def s4d_layer(B: int, L: int, H: int, N: int) -> dict:
+        layer = S4DLayer(H, N)
+        names = [name for name, _ in layer.named_parameters()]
+
+        def lab(u: Tensor, *parameters: Tensor) -> Tensor:
+            return functional_call(layer, dict(zip(names, parameters, strict=True)), (u,))
+
+        def public(u: Tensor, *parameters: Tensor) -> Tensor:
+            return bench_peers.public_s4d(u, **{name.replace(".", "_"): p for name, p in zip(names, parameters, strict=True)})
+
+        def inputs() -> list[Tensor]:
+            layer.reset_parameters()
+            return [torch.randn(B, L, H), *(p.detach().clone() for p in layer.parameters())]
+
+        return {"inputs": inputs, "lab": lab, "peers": {"the public s4d.py's form": public}}
 
     def convolution(B: int, L: int, D: int) -> dict:
         return {"shape": f"B {B}, L {L}, D {D}, K 4", "inputs": lambda: [torch.randn(B, L, D), torch.randn(4, D), torch.randn(D)]}
@@ -108,6 +123,7 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
             lambda u, w, c: fft_conv(u, ssm_kernel(w, c, P)),
             {"the public s4d.py's form": lambda u, w, c: bench_peers.padded_fft(u, bench_peers.public_kernel(w, c, P))},
         ),
+        Case("S4D layer, with GELU and GLU", long, **s4d_layer(4, P, H, 2 * states)),
         Case(
             "fft_conv",
             f"B 4, L {P}, D {H}",
@@ -216,25 +232,6 @@ def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -
     return rows
 
 
-def threads(case: Case, args: argparse.Namespace) -> benchmark.Row:
-    """Wall-clock time with one thread and with two."""
-    row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "note": "wall clock"}
-    if (os.cpu_count() or 1) < 2:
-        return {**row, "note": "this machine has one core"}
-    run = runner(case, case.lab, prepared(case))
-
-    def with_threads(count: int) -> None:
-        torch.set_num_threads(count)
-        run()
-
-    timings = benchmark.in_turn(
-        {"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, 2 * args.repeats, clock=time.perf_counter
-    )
-    torch.set_num_threads(args.threads)
-    one, two = timings["one"], timings["two"]
-    return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread}
-
-
 def table(rows: list[benchmark.Row]) -> Table:
     shown = Table(title="ratio = the other's CPU time / lab's")
     for column in ("op", "against", "allocator", "lab, ms", "other, ms", "ratio", "spread", "lab, MiB", "other, MiB", "difference"):
@@ -257,7 +254,6 @@ def main() -> None:
     def rows(allocator: str) -> dict[str, list[benchmark.Row]]:
         missing = absent([small for _, small in chosen])
         measured = [row for case, small in chosen for row in measure(case, small, missing, args.repeats)]
-        measured += [threads(case, args) for case, _ in chosen if case.backward and "," not in case.name and "+" not in case.name]
         return {"rows": [{**row, "allocator": allocator} for row in measured]}
 
     report = benchmark.report(benchmark.with_allocator(args.allocator, args.threads, rows), args.threads)

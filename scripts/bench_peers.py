@@ -36,6 +36,11 @@ def sixteen_steps(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
 
 @cache
 def compiled_steps() -> Callable[..., tuple[Tensor, Tensor]]:
+    from torch._dynamo import config as tracer
+    from torch._inductor import config as compiler
+
+    compiler.compile_threads = 1  # the benchmark forks, and a forked process would wait for ever for the compiler's workers
+    tracer.recompile_limit = 64  # a graph for each shape, with gradients and without, of the first chunk and of the others
     return torch.compile(sixteen_steps, fullgraph=True, dynamic=False)
 
 
@@ -96,6 +101,18 @@ def public_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
     """As the public s4d.py computes it."""
     powers = torch.exp(torch.view_as_complex(w)[..., None] * torch.arange(length))
     return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
+
+
+def public_s4d(
+    u: Tensor, log_dt: Tensor, log_A_re: Tensor, A_im: Tensor, C: Tensor, D: Tensor, out_weight: Tensor, out_bias: Tensor
+) -> Tensor:
+    """The layer of the public s4d.py, channels first inside, u (B, L, D) -> the same shape; lab's parameters."""
+    dt, A, x = log_dt.exp(), torch.complex(-log_A_re.exp(), A_im), u.transpose(1, 2)
+    w = A * dt[:, None]
+    c = torch.view_as_complex(C[0]) * (torch.exp(w) - 1) / A
+    K = public_kernel(torch.view_as_real(w), torch.view_as_real(c), u.shape[1])
+    y = padded_fft(u, K).transpose(1, 2) + x * D[:, None]
+    return F.glu(F.conv1d(F.gelu(y), out_weight[..., None], out_bias), 1).transpose(1, 2)
 
 
 def padded_fft(u: Tensor, K: Tensor) -> Tensor:
