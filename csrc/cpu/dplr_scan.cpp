@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 64;
+constexpr int64_t CHUNK = 32;
 
 template <class T> struct Vectors {  // aligned
   Vector<T>* data;
@@ -75,7 +75,8 @@ template <class T> INLINE Vector<T> step(const System<T>& A, const Vector<T>* h,
   return T(2) * (y_re - y_im);
 }
 
-template <class T> void forward(const System<T>& A, const T* u, const T* h0, T* y, T* last, int64_t end, int64_t L, int64_t D, int64_t lanes) {
+template <class T>
+void forward(const System<T>& A, const T* u, const T* h0, T* y, T* last, int64_t end, int64_t L, int64_t D, int64_t lanes) {
   const FlushTiny flush;
   Vectors<T> h(A.S), s(A.R);
   gather(h0, h.data, A.S, lanes);
@@ -163,41 +164,55 @@ void backward(
   scatter(gh0, g.data, S, lanes);
 }
 
+template <class T> struct Call {  // what both passes take
+  const T *u, *h0, *d, *right, *left, *b, *C, *ends;
+  int64_t B, L, D, N, R, threads;
+
+  template <class F> void tasks(F f) const {  // f(system, row, tokens: where its tile begins in u, state: in h0, lanes)
+    const int64_t tiles = (D + WIDTH<T> - 1) / WIDTH<T>;
+    const int team = team_for(threads, B * tiles);
+#pragma omp parallel for num_threads(team) if (team > 1)
+    for (int64_t task = 0; task < B * tiles; task++) {
+      const int64_t row = task / tiles, at = task % tiles * WIDTH<T>, lanes = std::min(WIDTH<T>, D - at);
+      f(System<T>(d, right, left, b, C, at, lanes, D, N, R), row, row * L * D + at, (row * D + at) * 2 * N, at, lanes);
+    }
+  }
+};
+
+template <class T> void forward(const Call<T>& call, T* y, T* last) {
+  call.tasks([&](const System<T>& A, int64_t row, int64_t tokens, int64_t state, int64_t, int64_t lanes) {
+    forward<T>(A, call.u + tokens, call.h0 + state, y + tokens, last + state, int64_t(call.ends[row]), call.L, call.D, lanes);
+  });
+}
+
+template <class T>
+void backward(const Call<T>& call, const T* gy, const T* glast, T* gu, T* gh0, T* gd, T* gright, T* gleft, T* gb, T* gC) {
+  call.tasks([&](const System<T>& A, int64_t row, int64_t tokens, int64_t state, int64_t at, int64_t lanes) {
+    Gradients<T> to(A.S, A.R);
+    backward<T>(
+        A, to, gy + tokens, glast + state, call.u + tokens, call.h0 + state, gu + tokens, gh0 + state, int64_t(call.ends[row]), call.L,
+        call.D, lanes);
+    scatter(gd + state, to.d.data, A.S, lanes), scatter(gb + state, to.b.data, A.S, lanes), scatter(gC + state, to.C.data, A.S, lanes);
+    for (int64_t j = 0; j < A.R; j++) {
+      const int64_t low = ((row * A.R + j) * call.D + at) * A.S;
+      scatter(gright + low, to.right + j * A.S, A.S, lanes), scatter(gleft + low, to.left + j * A.S, A.S, lanes);
+    }
+  });
+}
+
 }  // namespace
 
 #define DEFINE(NAME, T)                                                                                                                   \
   EXPORT void dplr_scan_##NAME(                                                                                                           \
       const T* u, const T* h0, const T* d, const T* right, const T* left, const T* b, const T* C, const T* ends, T* y, T* last, int64_t B, \
       int64_t L, int64_t D, int64_t N, int64_t R, int64_t threads) {                                                                      \
-    const int64_t tiles = (D + WIDTH<T> - 1) / WIDTH<T>;                                                                                  \
-    const int team = team_for(threads, B * tiles);                                                                                        \
-    _Pragma("omp parallel for num_threads(team) if (team > 1)")                                                                           \
-    for (int64_t task = 0; task < B * tiles; task++) {                                                                                    \
-      const int64_t row = task / tiles, at = task % tiles * WIDTH<T>, lanes = std::min(WIDTH<T>, D - at), state = (row * D + at) * 2 * N; \
-      const System<T> A(d, right, left, b, C, at, lanes, D, N, R);                                                                        \
-      forward<T>(A, u + row * L * D + at, h0 + state, y + row * L * D + at, last + state, int64_t(ends[row]), L, D, lanes);               \
-    }                                                                                                                                     \
+    forward<T>({u, h0, d, right, left, b, C, ends, B, L, D, N, R, threads}, y, last);                                                     \
   }                                                                                                                                       \
   EXPORT void dplr_scan_backward_##NAME(                                                                                                  \
       const T* gy, const T* glast, const T* u, const T* h0, const T* d, const T* right, const T* left, const T* b, const T* C,            \
       const T* ends, T* gu, T* gh0, T* gd, T* gright, T* gleft, T* gb, T* gC, int64_t B, int64_t L, int64_t D, int64_t N, int64_t R,      \
       int64_t threads) {                                                                                                                  \
-    const int64_t tiles = (D + WIDTH<T> - 1) / WIDTH<T>, S = 2 * N;                                                                       \
-    const int team = team_for(threads, B * tiles);                                                                                        \
-    _Pragma("omp parallel for num_threads(team) if (team > 1)")                                                                           \
-    for (int64_t task = 0; task < B * tiles; task++) {                                                                                    \
-      const int64_t row = task / tiles, at = task % tiles * WIDTH<T>, lanes = std::min(WIDTH<T>, D - at);                                 \
-      const int64_t tokens = row * L * D + at, state = (row * D + at) * S;                                                                \
-      const System<T> A(d, right, left, b, C, at, lanes, D, N, R);                                                                        \
-      Gradients<T> to(S, R);                                                                                                              \
-      backward<T>(                                                                                                                        \
-          A, to, gy + tokens, glast + state, u + tokens, h0 + state, gu + tokens, gh0 + state, int64_t(ends[row]), L, D, lanes);          \
-      scatter(gd + state, to.d.data, S, lanes), scatter(gb + state, to.b.data, S, lanes), scatter(gC + state, to.C.data, S, lanes);       \
-      for (int64_t j = 0; j < R; j++) {                                                                                                   \
-        const int64_t low = ((row * R + j) * D + at) * S;                                                                                 \
-        scatter(gright + low, to.right + j * S, S, lanes), scatter(gleft + low, to.left + j * S, S, lanes);                               \
-      }                                                                                                                                   \
-    }                                                                                                                                     \
+    backward<T>({u, h0, d, right, left, b, C, ends, B, L, D, N, R, threads}, gy, glast, gu, gh0, gd, gright, gleft, gb, gC);              \
   }
 
 DEFINE(float32, float)

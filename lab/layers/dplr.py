@@ -16,18 +16,21 @@ from lab.ops.complex import conjugate, divide, dot, multiply
 
 
 class Dplr:
-    """Lambda, B (D, n, 2), P (r, D, n, 2), dt (D, 1), in float32 at least.
+    """Lambda, B (D, n, 2), P (r, D, n, 2), dt (D, 1).
+
+    All of it is computed in float64, and what a caller gives and gets has his dtype: a long time step puts eigenvalues of A' next to -1,
+    where float32 cannot tell a state that stays from one that decays.
 
     A' h = h + d h - sum_j right_j dot(left_j, h): the inverse in it is that of a diagonal, corrected for one P after the other (Sherman
     and Morrison).
     """
 
     def __init__(self, Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> None:
-        half = dt[..., None] / 2
+        Lambda, P, B, half = Lambda.double(), P.double(), B.double(), dt.double()[..., None] / 2
         self.w, self.P, self.B = half * Lambda, half.sqrt() * P, half * B
         one = self.w.new_tensor([1.0, 0.0])
         inverse = divide(one, one - self.w)
-        corrections: list[tuple[Tensor, Tensor]] = []  # the inverse is x -> inverse x - sum of right dot(left, x)
+        corrections: list[tuple[Tensor, Tensor]] = []  # x -> inverse x - sum of right dot(left, x)
         for p in self.P.unbind():
             right, left = multiply(inverse, p), multiply(inverse, conjugate(p))
             for column, row in corrections:
@@ -43,7 +46,8 @@ class Dplr:
     def scan(self, u: Tensor, h0: Tensor | None, C: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """As a recurrence: u (B, L, D), the state before it, C (D, n, 2) -> y (B, L, D), the state (B, D, n, 2) after the last real
         token."""
-        return dplr_scan(u, h0, self.d, self.right, self.left, self.b, C, lengths)
+        y, last = dplr_scan(u, h0, self.d, self.right, self.left, self.b, C, lengths)
+        return y.to(u.dtype), last.to(u.dtype)
 
     def kernels(self, C: Tensor, length: int) -> Tensor:
         """C (k, D, n, 2) -> 2 Re(C A'^l B') (k, D, length).
@@ -51,21 +55,21 @@ class Dplr:
         What generates the first L terms is what generates all, at the roots of unity and with C (I - A'^L) in place of C.
         """
         if not length:
-            return self.w.new_zeros(*C.shape[:2], 0)
+            return C.new_zeros(*C.shape[:2], 0)
         k, r = len(C), len(self.P)
-        rows = torch.cat([self.cut(C, length), conjugate(self.P)]).transpose(0, 1)
+        rows = torch.cat([self.cut(C.double(), length), conjugate(self.P)]).transpose(0, 1)
         columns = torch.cat([self.B[None], self.P]).transpose(0, 1)
         v = multiply(rows[:, :, None], columns[:, None]).flatten(1, 2)  # (D, (k + r) (1 + r), n, 2)
         sums = torch.view_as_complex(cauchy_kernel(self.w, v, length)).unbind(1)
         angle = torch.pi / length * torch.arange(length // 2 + 1, device=C.device, dtype=torch.float64)
-        turn = torch.polar(torch.ones_like(angle), angle).to(sums[0].dtype)
+        turn = torch.polar(torch.ones_like(angle), angle)
         Q = [list(sums[i * (1 + r) : (i + 1) * (1 + r)]) for i in range(k + r)]
         for p in reversed(range(r)):  # Woodbury's identity, one P after the other
             pivot = turn.real / (1 + turn.real * Q[k + p][1 + p])
             for i in range(k + p):
                 factor = Q[i][1 + p] * pivot
                 Q[i] = [Q[i][j] - factor * Q[k + p][j] for j in range(1 + p)]
-        return torch.fft.irfft(turn * torch.stack([Q[i][0] for i in range(k)]), length)
+        return torch.fft.irfft(turn * torch.stack([Q[i][0] for i in range(k)]), length).to(C.dtype)
 
     def cut(self, C: Tensor, length: int) -> Tensor:
         """C (I - A'^L) (k, D, n, 2), the recurrence from the other side: the rows x_l = C (A'^l - I) obey x_{l+1} = x_l A' + C (A' - I)."""
