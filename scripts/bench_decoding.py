@@ -11,6 +11,7 @@ Peers: pip install .[bench]; a row whose peer is missing says so.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -137,6 +138,7 @@ def by_position(names: list[str], positions: list[int], sizes: tuple[int, int], 
         for position in positions:
             model = make(name, *sizes)
             state = state_at(model, position)
+            print(f"{name} at {position}", file=sys.stderr)
             row: benchmark.Row = {"name": name, "position": position}
             sides = {"compiled": compiled(model, state), "eager": eager(model, state)}
             if name == "mamba" and position == positions[0]:

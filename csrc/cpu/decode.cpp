@@ -301,33 +301,38 @@ void state_space(Operands o, Call& call) {
     });
 }
 
-// h = h + d h - sum_j right_j dot(left_j, h) + b u,   y = dot(C, h) + D u,   dot(a, h) = 2 Re sum_n a_n h_n; complex arrays as above
+// h = h + d h - sum_j right_j dot(left_j, h) + b u,   y = dot(C, h) + D u,   dot(a, h) = 2 Re sum_n a_n h_n; complex arrays as above, but
+// those of h, d, right, left, b and C in double: a long time step puts eigenvalues next to -1 (lab/layers/dplr.py).
 void dplr(Operands o, Call& call) {
-  const Rows y = o.rows(), u = o.rows(), h = o.rows();
-  const float *d = o.array(), *right = o.array(), *left = o.array(), *b = o.array(), *C = o.array(), *D = o.array();
+  using Wide = Vector<double>;
+  const Rows y = o.rows(), u = o.rows(), states = o.rows();
+  const double* arrays[5];
+  for (const double*& array : arrays) array = reinterpret_cast<const double*>(o.array());
+  const auto [d, right, left, b, C] = arrays;
+  const float* D = o.array();
   const int64_t width = o.number(), N = o.number(), rank = o.number(), all = (width + GROUP - 1) / GROUP * N * 2 * GROUP;
   for (int64_t row = 0; row < call.B; row++)
-    over(width, [&](int64_t i, auto lanes) {
-      const int64_t at = i / GROUP * N * 2 * GROUP + i % GROUP, end = at + N * 2 * GROUP;
-      V along[4] = {};
+    for (int64_t i = 0; i < width; i += WIDTH<double>) {
+      const int64_t at = i / GROUP * N * 2 * GROUP + i % GROUP, end = at + N * 2 * GROUP, lanes = std::min(WIDTH<double>, width - i);
+      double* h = reinterpret_cast<double*>(states[row]);
+      Wide along[4] = {}, x{}, total{};
+      for (int64_t lane = 0; lane < lanes; lane++) x[lane] = u[row][i + lane];
       for (int64_t r = 0; r < rank; r++)
         for (int64_t j = at; j < end; j += 2 * GROUP)
-          along[r] += load(left + r * all + j) * load(h[row] + j) - load(left + r * all + j + GROUP) * load(h[row] + j + GROUP);
-      const V x = load(u[row] + i, lanes);
-      V total{};
+          along[r] += load(left + r * all + j) * load(h + j) - load(left + r * all + j + GROUP) * load(h + j + GROUP);
       for (int64_t j = at; j < end; j += 2 * GROUP) {
-        const V re = load(h[row] + j), im = load(h[row] + j + GROUP), d_re = load(d + j), d_im = load(d + j + GROUP);
-        V next = re + d_re * re - d_im * im + load(b + j) * x, next_im = im + d_re * im + d_im * re + load(b + j + GROUP) * x;
+        const Wide re = load(h + j), im = load(h + j + GROUP), d_re = load(d + j), d_im = load(d + j + GROUP);
+        Wide next = re + d_re * re - d_im * im + load(b + j) * x, next_im = im + d_re * im + d_im * re + load(b + j + GROUP) * x;
         for (int64_t r = 0; r < rank; r++) {
-          next -= load(right + r * all + j) * (2.f * along[r]);
-          next_im -= load(right + r * all + j + GROUP) * (2.f * along[r]);
+          next -= load(right + r * all + j) * (2. * along[r]);
+          next_im -= load(right + r * all + j + GROUP) * (2. * along[r]);
         }
-        store(h[row] + j, next);
-        store(h[row] + j + GROUP, next_im);
+        store(h + j, next);
+        store(h + j + GROUP, next_im);
         total += load(C + j) * next - load(C + j + GROUP) * next_im;
       }
-      store(y[row] + i, 2.f * total + load(D + i, lanes) * x, lanes);
-    });
+      for (int64_t lane = 0; lane < lanes; lane++) y[row][i + lane] = float(2 * total[lane]) + D[i + lane] * u[row][i + lane];
+    }
 }
 
 // h = a h + x, complex: all real parts, then all imaginary ones

@@ -110,9 +110,9 @@ class Program:
         """A vector that all rows share."""
         return Value("constant", numbers.numel(), 0, self.weight(numbers))
 
-    def weight(self, tensor: Tensor) -> Tensor:
+    def weight(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter, or what was computed from some, as the kernel reads it: in place where it is contiguous."""
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype != dtype or tensor.device.type != "cpu":
             raise NotCompiled(f"a weight is {tensor.dtype} on {tensor.device}, a program computes in float32 on the CPU")
         return tensor.detach().contiguous()
 
@@ -193,13 +193,14 @@ class Program:
         return y
 
     def dplr(self, u: Value, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, D: Tensor, h: Tensor) -> Value:
-        """As `dplr_scan`, of rank 4 at most, and + D u: d, b, C (D, N, 2), right, left (r, D, N, 2), D (D,), h (B, D, N, 2)."""
+        """As `dplr_scan`, of rank 4 at most, and + D u, in double: d, b, C (D, N, 2), right, left (r, D, N, 2), D (D,), h (B, D, N, 2)."""
         self._check(d.shape == b.shape == C.shape == h.shape[1:] == right.shape[1:] and u.width == len(d) == len(D), "dplr", u)
         if len(right) > 4:
             raise NotCompiled(f"a diagonal plus rank {len(right)}, above 4, has no program")
-        arrays = [self.weight(_grouped(t.flatten(-2))) for t in (d[None], right, left, b[None], C[None])]
+        *arrays, h = (_grouped(t.double().flatten(-2)).contiguous() for t in (d[None], right, left, b[None], C[None], h))
+        weights = [self.weight(array, torch.float64) for array in arrays]
         y = self.value(u.width)
-        self._emit("dplr", y, u, self.state(_grouped(h.flatten(-2))), *arrays, self.weight(D), u.width, d.shape[1], len(right))
+        self._emit("dplr", y, u, self.state(h.view(torch.float32)), *weights, self.weight(D), u.width, d.shape[1], len(right))
         return y
 
     def rotate(self, x: Value, a: Tensor, h: Tensor) -> Value:
