@@ -3,8 +3,8 @@
     python scripts/bench_decoding.py [--threads 1] [--repeats 5] [--only NAME] [--json FILE]
 
 4 layers, d_model 256, vocabulary 256, float32, batch 1, greedy. A side decodes TOKENS tokens behind the same state, in one process, in
-turn; medians of the process CPU time. The state at a position comes from a prefill in chunks; from 10,000 on that of attention is drawn at
-random, for its time does not depend on the numbers. `generate` is the whole call behind a prompt of 16 tokens, with all that it prepares;
+turn; medians of the process CPU time. The state at a position comes from a prefill in chunks; from 10,000 on all but Mamba's are drawn at
+random: the time does not depend on the numbers, and they take long to compute. `generate` is the whole call behind a prompt of 16 tokens, with all that it prepares;
 the bound is the rate at which the weights, as float32, can be read here once for every token. Prefill: the logits of the last token alone.
 Peers: pip install .[bench]; a row whose peer is missing says so.
 """
@@ -29,7 +29,8 @@ from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLay
 from lab.models import Stack, initialise
 from lab.models.base import evaluating
 from lab.models.decoding import Continuation
-from lab.ops.program import Loaded, Program
+from lab.ops.interpreter import Loaded
+from lab.ops.program import Program
 
 TOKENS, CHUNK = 32, 2048
 SSM: dict[str, Any] = {"d_ff": 0}
@@ -53,18 +54,15 @@ def make(name: str, d_model: int, n_layers: int) -> Stack:
 
 
 def state_at(model: Stack, position: int) -> Any:
-    attends = any(isinstance(mixer, Attention) for mixer in model.mixers)
-    if not attends or position < 10_000:
+    if position < 10_000 or all(isinstance(mixer, MambaLayer) for mixer in model.mixers):
         tokens = torch.randint(0, VOCABULARY, (1, position), generator=torch.Generator().manual_seed(0))
         state = None
         for chunk in tokens.split(CHUNK, 1):
             state = model(chunk, state, want=("state", "last")).state
         return state
-    state = model.init_state(1)
-    state["position"] += position
+    state = model.map_state(lambda t: torch.rand(t.shape) if t.is_floating_point() else t + position, model.init_state(1))
     for layer in state["layers"]:
-        layer["length"] += position
-        layer |= {name: torch.randn(1, position, *layer[name].shape[2:]) for name in ("k", "v")}
+        layer |= {name: torch.randn(1, position, *layer[name].shape[2:]) for name in ("k", "v") if name in layer}
     return state
 
 
@@ -171,7 +169,7 @@ def bound(sizes: tuple[int, int], repeats: int) -> benchmark.Row:
     weights = sum(parameter.numel() for parameter in make("mamba", *sizes).parameters())
     p = Program(1, 1)
     product = p.linear(torch.randn(weights // 256, 256), p.constant(torch.randn(256)))
-    run, token = p.ends(product, torch.zeros(1)).load(), torch.zeros(1, dtype=torch.long)
+    run, token = Loaded(p.ends(product, torch.zeros(1))), torch.zeros(1, dtype=torch.long)
 
     def read() -> object:
         run.left = 1

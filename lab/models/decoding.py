@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lab.mixers.base import State
 from lab.ops import native
 from lab.ops.backend import Backend, Op
+from lab.ops.interpreter import Loaded
 from lab.ops.program import NotCompiled, Program
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def native_backend(c: Continuation) -> Iterator[Tensor]:
     yield token
     if not left:
         return
-    loaded = c.program.load()
+    loaded = Loaded(c.program)
     weights = sum(p.numel() for p in c.model.parameters())
     at_once = max(1, AT_ONCE // (weights * len(token)))
     while left and c.choose is None:
