@@ -1,6 +1,8 @@
-"""The native build: csrc/cpu as one plain shared library per instruction set, by the one compiler call of lab/compiler.py.
+"""The native build: csrc/cpu as one plain shared library per instruction set, csrc/cuda as one for GPUs, each by one compiler call of
+lab/compiler.py.
 
-Everything else stands in pyproject.toml. Without a C++ compiler the install succeeds, and the ops run in PyTorch.
+Everything else stands in pyproject.toml. Without a C++ compiler the install succeeds, and the ops run in PyTorch. The CUDA kernels are
+built where nvcc and a GPU are; LAB_CUDA=1 asks for them without a GPU, LAB_CUDA=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # pip builds without the current folder on the path
-from lab.compiler import LEVELS, NoLibrary, compile_library, digest, own_sources  # noqa: E402
+from lab.compiler import LEVELS, NoLibrary, compile_cuda, compile_library, cuda_sources, digest, own_sources, why_no_cuda  # noqa: E402
 
 
 def extensions() -> list[Extension]:
-    files = [str(file.relative_to(ROOT)) for file in own_sources(ROOT)]
-    sources, headers = ([file for file in files if file.endswith(ending)] for ending in (".cpp", ".h"))
-    return [Extension(f"lab.ops.cpu_{level}", sources, depends=headers, optional=True) for level in LEVELS]
+    def library(name: str, sources: list[Path]) -> Extension:
+        files = [str(file.relative_to(ROOT)) for file in sources]
+        return Extension(name, [file for file in files if not file.endswith(".h")], depends=files, optional=True)
+
+    found = [library(f"lab.ops.cpu_{level}", own_sources(ROOT)) for level in LEVELS]
+    return [*found, library("lab.ops.cuda", cuda_sources(ROOT))] if cuda_sources(ROOT) and why_no_cuda() is None else found
 
 
 class PlainLibraries(build_ext):
@@ -46,9 +51,15 @@ class PlainLibraries(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        options = ["-Icsrc/include", "-fvisibility=hidden", f'-DLAB_SOURCES="{digest(own_sources(ROOT))}"']
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        cuda = ext.name == "lab.ops.cuda"
+        of = f'-DLAB_SOURCES="{digest((cuda_sources if cuda else own_sources)(ROOT))}"'
         try:
-            compile_library(ext.sources, Path(self.get_ext_fullpath(ext.name)).absolute(), ext.name.partition("cpu_")[2], options, cwd=ROOT)
+            if cuda:
+                compile_cuda(ext.sources, target, [of], cwd=ROOT)
+            else:
+                options = ["-Icsrc/include", "-fvisibility=hidden", of]
+                compile_library(ext.sources, target, ext.name.partition("cpu_")[2], options, cwd=ROOT)
         except NoLibrary as error:
             raise CompileError(f"{ext.name} is not built, its ops will run in PyTorch: {error}") from error
 

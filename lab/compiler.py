@@ -1,4 +1,4 @@
-"""How C++ kernels are compiled: those of lab by setup.py, at the installation, and a source of your own at its first use.
+"""How kernels are compiled: those of lab, C++ and CUDA, by setup.py, at the installation, and a C++ source of your own at its first use.
 
 Plain shared libraries without torch's or Python's headers, so that one compiler call is all there is to it. Needs the standard library
 alone: setup.py imports it where nothing else is installed.
@@ -24,6 +24,13 @@ from urllib.request import url2pathname
 ROOT = Path(__file__).parents[1]  # of the checkout, if this is one
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi"]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # elsewhere the kernels run on one thread
+
+CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+ARCHITECTURES = {  # of GPUs, and for those to come the intermediate code of the last one
+    "sm_80": "arch=compute_80,code=sm_80",
+    "sm_90": "arch=compute_90,code=[sm_90,compute_90]",
+}
+LAB_CUDA = "LAB_CUDA"  # the variable that asks for CUDA kernels (1) or leaves them out (0)
 
 
 class Level(NamedTuple):
@@ -73,18 +80,53 @@ def levels_here() -> list[str]:
 
 def compile_library(sources: Iterable[str | Path], target: Path, level: str, options: Iterable[str] = (), cwd: Path | None = None) -> None:
     """One compiler call. What stood at `target` goes first, so that a call that fails leaves nothing old behind. Raises NoLibrary."""
+    command = [*compiler().split(), *FLAGS, *LEVELS[level].options, *OPENMP, *options, *map(str, sources), "-o", str(target)]
+    _run(command, target, cwd, f"C++ compiler {compiler()!r}", "CXX names another one")
+
+
+def compile_cuda(sources: Iterable[str | Path], target: Path, options: Iterable[str] = (), cwd: Path | None = None) -> None:
+    """The same by nvcc, for all ARCHITECTURES. Raises NoLibrary."""
+    codes = [word for code in ARCHITECTURES.values() for word in ("-gencode", code)]
+    options = [f'-DLAB_ARCHITECTURES="{", ".join(ARCHITECTURES)}"', *options]
+    command = [nvcc() or "nvcc", *CUDA_FLAGS, "--threads", "0", *codes, *options, *map(str, sources), "-o", str(target)]
+    _run(command, target, cwd, f"CUDA compiler {command[0]!r}", "CUDA_HOME names the folder of one")
+
+
+def _run(command: list[str], target: Path, cwd: Path | None, what: str, hint: str) -> None:
     target.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [*compiler().split(), *FLAGS, *LEVELS[level].options, *OPENMP, *options, *map(str, sources), "-o", str(target)]
     try:
         done = subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
     except OSError as error:
-        raise NoLibrary(f"there is no C++ compiler {compiler()!r} ({error.strerror}); CXX names another one") from error
+        raise NoLibrary(f"there is no {what} ({error.strerror}); {hint}") from error
     print(done.stderr, end="", file=sys.stderr)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines()]
         first = next((line for line in said if "error" in line), said[0] if said else "it says nothing")
-        raise NoLibrary(f"the C++ compiler {compiler()!r} fails (exit code {done.returncode}): {first}")
+        raise NoLibrary(f"the {what} fails (exit code {done.returncode}): {first}")
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: that of the folder CUDA_HOME, or on the path; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def gpu_here() -> bool:
+    """Whether this machine shows an NVIDIA GPU, or the driver of one."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def why_no_cuda() -> str | None:
+    """Why an installation would leave out the CUDA kernels, or None. They take minutes, so without a GPU they are made on demand."""
+    asked = os.environ.get(LAB_CUDA)
+    if asked == "0":
+        return f"{LAB_CUDA}=0 leaves them out"
+    if nvcc() is None:
+        return "there is no nvcc on the path or in CUDA_HOME"
+    if not gpu_here() and asked != "1":
+        return f"this machine shows no GPU; {LAB_CUDA}=1 asks for them all the same"
+    return None
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -100,6 +142,13 @@ def own_sources(checkout: Path = ROOT) -> list[Path]:
     if not (checkout / "setup.py").exists():
         return []
     return [*sorted((checkout / "csrc" / "cpu").glob("*.cpp")), *sorted((checkout / "csrc" / "include").glob("*.h"))]
+
+
+def cuda_sources(checkout: Path = ROOT) -> list[Path]:
+    """The same, of the library for GPUs."""
+    if not (checkout / "setup.py").exists():
+        return []
+    return [*sorted((checkout / "csrc" / "cuda").glob("*.cu")), *sorted((checkout / "csrc" / "cuda").glob("*.h"))]
 
 
 def rebuild_command() -> str:

@@ -24,8 +24,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lab.files import write_json
-from lab.mixers import S4DLayer
-from lab.ops import causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
+from lab.mixers import S4DLayer, S4Layer
+from lab.ops import cauchy_kernel, causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
 from lab.ops.kuramoto_scan import reference as kuramoto_loop
 
 Function = Callable[..., Tensor]
@@ -61,21 +61,28 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
         dt = torch.logspace(-3, -1, H)[:, None, None]
         return [dt * torch.stack([decay, frequency], -1), torch.randn(H, N, 2)]
 
-    def s4d_layer(B: int, L: int, H: int, N: int) -> dict:
-        layer = S4DLayer(H, N)
+    def layer_of(make: type[S4Layer | S4DLayer], form: Function, peer: str, B: int, L: int, H: int, N: int) -> dict:
+        layer = make(H, N)
         names = [name for name, _ in layer.named_parameters()]
 
         def lab(u: Tensor, *parameters: Tensor) -> Tensor:
             return functional_call(layer, dict(zip(names, parameters, strict=True)), (u,))
 
         def public(u: Tensor, *parameters: Tensor) -> Tensor:
-            return bench_peers.public_s4d(u, **{name.replace(".", "_"): p for name, p in zip(names, parameters, strict=True)})
+            return form(u, **{name.replace(".", "_"): p for name, p in zip(names, parameters, strict=True)})
 
         def inputs() -> list[Tensor]:
             layer.reset_parameters()
             return [torch.randn(B, L, H), *(p.detach().clone() for p in layer.parameters())]
 
-        return {"inputs": inputs, "lab": lab, "peers": {"the public s4d.py's form": public}}
+        return {"inputs": inputs, "lab": lab, "peers": {peer: public}}
+
+    def sums(H: int, N: int, L: int) -> dict:
+        def inputs() -> list[Tensor]:
+            return [s4d(H, N)[0] / 2, torch.randn(H, 4, N, 2)]
+
+        peers = {"the public s4.py's form": partial(bench_peers.public_cauchy, length=L)}
+        return {"shape": f"H {H}, N {2 * N}, R 4, L {L}", "inputs": inputs, "lab": partial(cauchy_kernel, length=L), "peers": peers}
 
     def convolution(B: int, L: int, D: int) -> dict:
         return {"shape": f"B {B}, L {L}, D {D}, K 4", "inputs": lambda: [torch.randn(B, L, D), torch.randn(4, D), torch.randn(D)]}
@@ -123,7 +130,18 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
             lambda u, w, c: fft_conv(u, ssm_kernel(w, c, P)),
             {"the public s4d.py's form": lambda u, w, c: bench_peers.padded_fft(u, bench_peers.public_kernel(w, c, P))},
         ),
-        Case("S4D layer, with GELU and GLU", long, **s4d_layer(4, P, H, 2 * states)),
+        Case(
+            "S4D layer, with GELU and GLU",
+            long,
+            **layer_of(S4DLayer, bench_peers.public_s4d, "the public s4d.py's form", 4, P, H, 2 * states),
+        ),
+        Case("cauchy_kernel", **sums(H, states, L)),
+        Case("cauchy_kernel, forward", **sums(H, states, L), backward=False),
+        Case(
+            "S4 layer, with GELU and GLU",
+            f"B 4, L {L}, H {H}, N {2 * states}",
+            **layer_of(S4Layer, bench_peers.public_s4, "the public s4.py's form", 4, L, H, 2 * states),
+        ),
         Case(
             "fft_conv",
             f"B 4, L {P}, D {H}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -112,6 +113,36 @@ def public_s4d(
     c = torch.view_as_complex(C[0]) * (torch.exp(w) - 1) / A
     K = public_kernel(torch.view_as_real(w), torch.view_as_real(c), u.shape[1])
     y = padded_fft(u, K).transpose(1, 2) + x * D[:, None]
+    return F.glu(F.conv1d(F.gelu(y), out_weight[..., None], out_bias), 1).transpose(1, 2)
+
+
+def public_cauchy(w: Tensor, v: Tensor, length: int) -> Tensor:
+    """As the public s4.py computes the sums without its extension: both of each pair, all poles at all points at once."""
+    z = torch.exp(-2j * math.pi * torch.arange(length // 2 + 1, dtype=torch.float64) / length)
+    w, v = (torch.cat([t, t.conj()], -1) for t in (torch.view_as_complex(w), torch.view_as_complex(v)))
+    turn = torch.exp(-0.5j * z.angle())  # 1 + z = 2 c / turn: times 2 / turn nothing is infinite where z = -1
+    one, other = ((1 - z) * turn / 2).to(v.dtype), ((1 + z) * turn / 2).to(v.dtype)
+    return torch.view_as_real((v[..., None] / (one - other * w[:, None, :, None])).sum(-2))
+
+
+def public_s4(
+    u: Tensor, log_dt: Tensor, log_A_re: Tensor, A_im: Tensor, P: Tensor, B: Tensor, C: Tensor, D: Tensor, out_weight: Tensor,
+    out_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """The layer of the public s4.py with rank 1, u (B, L, D) -> the same shape; lab's parameters. The public one learns C (I - A'^L) for
+    one L: lab's time for that is in both."""
+    from lab.layers.dplr import Dplr
+    from lab.ops.complex import conjugate, multiply
+
+    L, dt = u.shape[1], log_dt.exp()[:, None]
+    lab = Dplr(torch.stack([-log_A_re.exp(), A_im], -1), P, B, dt)
+    cut, half = lab.cut(C.double(), L).float()[0], dt[..., None] / 2
+    w, P, B = half * torch.stack([-log_A_re.exp(), A_im], -1), half.sqrt() * P[0], half * B
+    pairs = [multiply(a, b) for a in (cut, conjugate(P)) for b in (B, P)]
+    q00, q01, q10, q11 = torch.view_as_complex(public_cauchy(w, torch.stack(pairs, 1), L)).unbind(1)
+    turn = torch.polar(torch.ones(L // 2 + 1), math.pi / L * torch.arange(L // 2 + 1))
+    K = torch.fft.irfft(turn * (q00 - turn.real * q01 * q10 / (1 + turn.real * q11)), L)
+    y = padded_fft(u, K).transpose(1, 2) + u.transpose(1, 2) * D[:, None]
     return F.glu(F.conv1d(F.gelu(y), out_weight[..., None], out_bias), 1).transpose(1, 2)
 
 

@@ -20,6 +20,20 @@ TINY = (
     "~callbacks.phases", "~callbacks.attention", "~callbacks.state_spaces",
 )  # fmt: skip
 
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="where tests marked gpu run; cpu: the same code without a GPU")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    """Of tests marked gpu. Without a GPU they are skipped."""
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU here")
+    return name
+
+
 # killer.py of a test's own folder
 KILLER = '''
 import os, pathlib, signal

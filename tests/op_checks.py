@@ -15,21 +15,24 @@ def numbers(*shape, dtype, g):
 
 
 def of(op) -> list[str]:
-    """The backends of an op that are here, but for the reference. Without a compiler there is no native one."""
-    return [name for name in ops.ops()[op.__name__] if name != "reference" and (name != "native" or native.LIBRARY)]
+    """The backends of an op that are here, but for the reference. Without a compiler there is no native one; Triton needs a GPU, and
+    test_triton.py simulates one."""
+    here = {"reference": False, "native": native.LIBRARY is not None, "triton": False}
+    return [name for name in ops.ops()[op.__name__] if here.get(name, True)]
 
 
-def compare(op, name, args, dtype, call=None):
-    """The backend `name` in `dtype` against the reference in float64, on the same numbers."""
+def compare(op, name, args, dtype, call=None, device="cpu"):
+    """The backend `name` in `dtype` on `device` against the reference in float64 on the CPU, on the same numbers."""
     exact = [t.detach().to(torch.complex128 if t.is_complex() else torch.float64).requires_grad_() for t in args]
+    args = [t.detach().to(device).requires_grad_() for t in args]
     g = torch.Generator().manual_seed(9)
     results = []
     for backend, inputs in (("reference", exact), (name, args)):
         with use(**{op.__name__: backend}):
             out = (call or op)(*inputs)
         g.manual_seed(9)
-        loss = sum((numbers(*y.shape, dtype=torch.float64, g=g) * (y.real if y.is_complex() else y)).sum() for y in out)
-        results.append([*out, *torch.autograd.grad(loss, inputs, materialize_grads=True)])
+        loss = sum((numbers(*y.shape, dtype=torch.float64, g=g).to(y.device) * (y.real if y.is_complex() else y)).sum() for y in out)
+        results.append([t.cpu() for t in (*out, *torch.autograd.grad(loss, inputs, materialize_grads=True))])
     for i, (want, got) in enumerate(zip(*results, strict=True)):
         assert got.dtype in (dtype.to_real(), dtype.to_complex()), i
         scale = want.detach().abs().max() if want.numel() else 1

@@ -37,8 +37,8 @@ class Checkout:
             file.parent.mkdir(parents=True)
             file.write_text(text)
 
-    def build(self, *words: str, cxx: str | None = None) -> str:
-        environment = os.environ | {"CXX": cxx or compiler.compiler()}
+    def build(self, *words: str, cxx: str | None = None, **variables: str) -> str:
+        environment = os.environ | {"CXX": cxx or compiler.compiler(), **variables}
         command = [sys.executable, "setup.py", *words]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
@@ -84,6 +84,30 @@ def test_a_build_that_fails_leaves_no_old_library(checkout, words, place):
     checkout.header.write_text("#define VALUE no_such\n")
     said = checkout.build(*words)
     assert not checkout.libraries(place) and "value.h:1:" in said and "no_such" in said, said
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_cuda_kernels_are_built_on_demand_and_a_build_that_fails_leaves_no_old_one(checkout, works):
+    """With an nvcc that is a script: it writes its own command line."""
+    (checkout.folder / "csrc" / "cuda").mkdir()
+    (checkout.folder / "csrc" / "cuda" / "value.cu").write_text("")
+    script = checkout.folder / "home" / "bin" / "nvcc"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n" + ('for last; do :; done; echo "$@" > "$last"' if works else "echo value.cu: error: no >&2; exit 1"))
+    script.chmod(0o755)
+    cuda = {"CUDA_HOME": str(checkout.folder / "home"), "cxx": "/bin/false"}
+    old = checkout.folder / "lab" / "ops" / "cuda.so"
+    old.write_text("old")
+    checkout.build("build_ext", "--inplace", LAB_CUDA="0", **cuda)
+    assert old.read_text() == "old", "left out, not removed"
+    said = checkout.build("build_ext", "--inplace", LAB_CUDA="1", **cuda)
+    if works:
+        line = old.read_text()
+        assert "code=sm_80" in line and "code=[sm_90,compute_90]" in line and "csrc/cuda/value.cu" in line
+        assert compiler.digest(compiler.cuda_sources(checkout.folder)) in line
+    else:
+        assert not old.exists() and "lab.ops.cuda is not built, its ops will run in PyTorch: the CUDA compiler " in said
+        assert "value.cu: error: no" in said
 
 
 @has_compiler

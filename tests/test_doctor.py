@@ -33,17 +33,36 @@ def test_every_op_computes_what_its_formula_says():
         entry = devices["cpu"]
         assert entry["difference"] is not None and entry["difference"] < 1e-5, op
         assert entry["runs"] and set(entry["backends"]) == {entry["runs"], *entry["why_not"]}
-        assert entry["runs"] == entry["backends"][0 if native.LIBRARY or "native" not in entry["backends"] else 1]
+        assert entry["runs"] == ("native" if native.LIBRARY and "native" in entry["backends"] else "torch")
     json.dumps(found)
 
 
-def test_a_device_that_is_not_here_can_be_asked_about():
-    """With tensors that hold nothing: a native backend of the CPU does not run on a GPU."""
+def test_a_device_that_is_not_here_can_be_asked_about(monkeypatch):
+    """With tensors that hold nothing."""
+    monkeypatch.setattr(native, "CUDA", None)
+    monkeypatch.setattr(native, "CUDA_SAYS", "the CUDA kernels are not built")
     found = {op.name: doctor.look(op, "cuda", here=False) for op in ops.every()}
-    assert {entry["runs"] for entry in found.values()} == {"torch"} and all(entry["difference"] is None for entry in found.values())
-    if native.LIBRARY:
-        assert "cuda:0, the C++ kernels compute on the CPU" in found["causal_conv"]["why_not"]["native"]
-    assert found["causal_conv"]["why_not"]["reference"] == "torch comes first"
+    assert all(entry["runs"] in entry["backends"][1:] and entry["difference"] is None for entry in found.values())
+    assert found["causal_conv"]["why_not"]["native"] == "the CUDA kernels are not built"
+    monkeypatch.setattr(native, "CUDA", object())
+    found = {op.name: doctor.look(op, "cuda", here=False) for op in ops.every()}
+    assert {name for name, entry in found.items() if entry["runs"] != "native"} == {"dplr_scan"}
+    assert found["dplr_scan"]["why_not"]["native"].startswith("there is no CUDA kernel of it")
+    assert found["causal_conv"]["why_not"]["reference"] == "native comes first"
+
+
+def test_a_gpu_without_kernels_for_it_is_what_to_change():
+    kernels = {"loaded": "x86_64", "processor": "x86_64", "built": ["x86_64"]}
+    cuda = {
+        "gpu": True,
+        "loaded": None,
+        "why_not": "the CUDA kernels are not built: installing lab builds them",
+        "compiler_here": "/bin/nvcc",
+    }
+    command = f"LAB_CUDA=1 {compiler.rebuild_command()}"
+    assert doctor.remedy({}, kernels | {"cuda": cuda}, {}) == ("the CUDA kernels are not built", command)
+    cuda["compiler_here"] = None
+    assert doctor.remedy({}, kernels | {"cuda": cuda}, {})[1].endswith(f"(nvcc) && {command}")
 
 
 def test_without_kernels_it_says_why_and_what_builds_them(unbuilt, monkeypatch):

@@ -23,7 +23,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 SIZES = {name for name in MODELS if set(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model) <= {"d_model", "n_layers"}}
 KINDS = [name for name in MODELS if name not in SIZES]  # shrunk, the sizes of one architecture are the same model
-SHRUNK = {"h3_attention": ("model.n_layers=3",), "gated_mlp": ("model.mixer.expand_factor=1",)}  # besides from_yaml's words
+SHRUNK = {  # besides the words of from_yaml
+    "gated_mlp": ("model.mixer.expand_factor=1",),
+    "h3": ("model.mixer.d_state=8",),
+    "h3_attention": ("model.n_layers=3", "model.mixer.h3.d_state=8"),
+}
 V, L = 11, 9
 
 
@@ -58,18 +62,19 @@ OPTIONS = [
 OPTIONS += [{"position": "none"}, {"phase_mode": "gain", "position": "none"}, {"lattice_shape": [1, 4], "dt": 0.5, "coupling": 2.0}]
 
 
-def conform(make) -> None:
+def conform(make, device: str = "cpu") -> None:
     model = make()
     initialise(model, 0)
     conformance.randomise(model, 0)
+    model, tokens = model.to(device), random_tokens().to(device)
     for check in conformance.CHECKS:
         if check is conformance.check_gradients:
             literal = any(isinstance(m, Lattice) and m.phase_mode == "literal" for m in model.modules())
             for mode in (True, False):
-                check(model.train(mode), random_tokens(), without=("alpha",) if literal else ())
+                check(model.train(mode), tokens, without=("alpha",) if literal else ())
         else:
-            check(model, random_tokens())
-    conformance.check_checkpoint(model, make, random_tokens())
+            check(model, tokens)
+    conformance.check_checkpoint(model, lambda: make().to(device), tokens)
 
 
 @pytest.mark.parametrize("name", KINDS)

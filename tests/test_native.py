@@ -136,6 +136,15 @@ def example(op) -> list:
 
 LARGER = {  # whole vectors and a rest, several tiles, groups and parts of a row
     "causal_conv": lambda: (torch.randn(2, 130, 203), torch.randn(4, 203), torch.randn(203), torch.randn(2, 6, 203), 2),
+    "cauchy_kernel": lambda: (-torch.rand(5, 11, 2) - 0.1, torch.randn(5, 7, 11, 2), 1030),
+    "dplr_scan": lambda: (
+        torch.randn(2, 70, 43),
+        torch.randn(2, 43, 5, 2),
+        -torch.rand(43, 5, 2),
+        *(0.1 * torch.randn(2, 2, 43, 5, 2)),
+        *torch.randn(2, 43, 5, 2),
+        None,
+    ),
     "fft_conv": lambda: (torch.randn(2, 130, 203), torch.randn(203, 130), torch.randn(203)),
     "kuramoto_scan": lambda: (torch.rand(6, 43), torch.randn(6, 30, 43), torch.randn(43), torch.randn(43), torch.randn(43, 43) / 43, 0.1),
     "linear_recurrence": lambda: (torch.rand(2, 130, 203), torch.randn(2, 130, 203), torch.randn(2, 203)),
@@ -182,7 +191,6 @@ def test_every_instruction_set_that_this_processor_has_agrees(op, level, argumen
     native.function.cache_clear()
     try:
         monkeypatch.setattr(native, "LIBRARY", ctypes.CDLL(str(native.FOLDER / f"cpu_{level}.so")))
-        monkeypatch.setattr(native, "VECTOR_BYTES", native.LIBRARY.vector_bytes())
         for got, expected in zip(results(op, args), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.detach().abs().max())))
     finally:

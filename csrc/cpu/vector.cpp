@@ -10,7 +10,8 @@
 #define THREADS "one thread"
 #endif
 
-EXPORT int64_t vector_bytes() { return VECTOR_BYTES; }
+// Numbers of so many bytes in a vector.
+EXPORT int64_t width(int64_t bytes) { return VECTOR_BYTES / bytes; }
 
 // digest of csrc|compiler|threads
 EXPORT const char* made_of() {

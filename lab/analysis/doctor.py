@@ -25,7 +25,8 @@ from lab.ops import native
 from lab.ops.backend import Backend, Op
 
 TOLERANCE = 1e-4  # of the largest value; float32 against the plain formula
-VARIABLES = ("CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "LD_PRELOAD", *memory.VARIABLES)
+OF_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY")
+VARIABLES = ("CXX", "CUDA_HOME", compiler.LAB_CUDA, *OF_THREADS, "LD_PRELOAD", *memory.VARIABLES)
 """Environment variables that change what runs here, or how fast."""
 
 
@@ -86,12 +87,22 @@ def why_no_cuda() -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """The library of csrc/."""
+    """The libraries of csrc/."""
     here = compiler.levels_here()
     found = {"loaded": None, "why_not": native.SAYS} if native.LIBRARY is None else {"loaded": native.SAYS, "why_not": None}
     built = [level for level in compiler.LEVELS if (native.FOLDER / f"cpu_{level}.so").exists()]
     made = native.made_of(native.LIBRARY) if native.LIBRARY is not None else {}
-    return {**found, "processor": here[0], "built": built, **made, "compiler_here": compiler.compiler_version()}
+    return {**found, "processor": here[0], "built": built, **made, "compiler_here": compiler.compiler_version(), "cuda": _cuda_kernels()}
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    """The library for GPUs, and what would build it."""
+    here = {"gpu": torch.cuda.is_available(), "compiler_here": compiler.nvcc()}
+    if native.CUDA is not None:
+        return {"loaded": native.CUDA_SAYS, "why_not": None, "compiler": native.made_of(native.CUDA)["compiler"], **here}
+    left_out = compiler.why_no_cuda() if not (native.FOLDER / "cuda.so").exists() else None
+    why_not = f"the CUDA kernels are not built: {left_out}" if left_out else native.CUDA_SAYS
+    return {"loaded": None, "why_not": why_not, "compiler": None, **here}
 
 
 def _environment() -> dict[str, Any]:
@@ -129,9 +140,12 @@ def openmp(maps: str | None = None) -> list[str]:
 
 def remedy(by_op: Mapping[str, Any], kernels: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple[str, str | None]:
     """(what is the matter, the one command that would change it), the most important matter first; (all is well, None)."""
-    forced = ops.forced()
+    forced, cuda = ops.forced(), kernels.get("cuda", {"gpu": False})
     if kernels["loaded"] is None:
         return re.split("[:;]", kernels["why_not"])[0], build_command(kernels["compiler_here"])
+    if cuda["gpu"] and cuda["loaded"] is None:
+        first = "" if cuda["compiler_here"] else "install NVIDIA's CUDA toolkit (nvcc) && "
+        return re.split("[:;]", cuda["why_not"])[0], f"{first}{compiler.LAB_CUDA}=1 {compiler.rebuild_command()}"
     if forced:
         return "backends are chosen by hand", "leave out " + " ".join(f"ops.{op}={backend}" for op, backend in forced.items())
     wrong = [op for op, devices in by_op.items() for found in devices.values() if not _agrees(found["difference"])]

@@ -61,6 +61,11 @@ def check_target(command: str, target: str) -> None:
         Run.open(target)
 
 
+def holds_weights(target: str) -> bool:
+    """Whether it is a folder of public weights, which `load_pretrained` reads."""
+    return (Path(target) / "config.json").is_file()
+
+
 def _run(command: str, body: Callable[[], None]) -> int:
     with starting(command):
         from lab.config import ConfigError

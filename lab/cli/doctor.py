@@ -86,11 +86,15 @@ def _print(found: dict[str, Any]) -> None:
 def _ops(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title="What will run here", caption="off by: the difference to the plain formula, of the largest value")
+    caption = "off by: the difference to the plain formula, of the largest value"
+    if any(found["devices"].values()):
+        caption += "; in brackets: were the device here"
+    table = Table(title="What will run here", caption=caption)
     for column in ("op", "its backends, best first", *found["devices"], "off by"):
         table.add_column(column)
     for op, devices in found["ops"].items():
-        cells = [devices[name]["runs"] or "nothing" if absent is None else "-" for name, absent in found["devices"].items()]
+        runs = {name: devices[name]["runs"] or "nothing" for name in found["devices"]}
+        cells = [runs[name] if absent is None else f"({runs[name]})" for name, absent in found["devices"].items()]
         differences = [entry["difference"] for entry in devices.values() if entry["difference"] is not None]
         texts = [value if isinstance(value, str) else f"{value:.0g}" for value in differences]
         table.add_row(op, ", ".join(devices["cpu"]["backends"]), *cells, "; ".join(texts))
@@ -116,6 +120,7 @@ def _facts(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     kernels, environment = found["kernels"], found["environment"]
+    cuda = kernels["cuda"]
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column()
     table.add_column(overflow="fold")
@@ -127,6 +132,7 @@ def _facts(found: dict[str, Any]) -> Any:
         ("kernels", loaded),
         ("  built", f"{', '.join(kernels['built']) or 'none'}; this processor has {kernels['processor']}"),
         ("compiler here", kernels["compiler_here"] or "none that runs"),
+        ("CUDA kernels", f"{cuda['loaded']} ({cuda['compiler']})" if cuda["loaded"] else cuda["why_not"].partition(" are ")[2]),
         ("lab", f"{environment['lab']}, {environment['code']}"),
         ("torch", environment["torch"] + (f", CUDA {environment['cuda_of_torch']}" if environment["cuda_of_torch"] else "")),
         ("triton", f"{environment['triton'] or 'not installed'}{'' if asking else '; no op has a backend for it'}"),

@@ -1,4 +1,4 @@
-"""lab-eval: the scores of a run or a checkpoint, by the config that it stored."""
+"""lab-eval: the scores of a run or a checkpoint, by the config that it stored; or of public weights, on a task that is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import Parser, check_target, run, starting
+from lab.cli import Parser, check_target, holds_weights, run, starting
 
 USAGE = "lab-eval RUN_OR_CHECKPOINT [KEY=VALUE ...] [--config FILE] [--trust PREFIX] [--json]"
 EXAMPLES = """\
@@ -19,9 +19,11 @@ examples:
   lab-eval path/to/best.ckpt 'task.eval_lengths=[1,2,4]'                     also at longer sequences
   lab-eval RUN --config experiments/copy_reverse_small.yaml                  an error where this file contradicts the run
   lab-eval RUN --trust mymodels                                              the run may call mymodels.* of the current folder
+  lab-eval path/to/weights task=stdlib                                       public weights (config.json, model.safetensors)
 
 Model, task and data are those of the run: a config is code, and only lab's own classes are called unless --trust names others.
 Writes eval/<split>-<checkpoint>.json and metrics.json into the run, and prints the metrics.
+A folder of public weights has no task: task=NAME or experiment=NAME, and keys such as task.seq_len=512, say what it is scored on.
 """
 
 
@@ -34,7 +36,7 @@ def _parser() -> Parser:
         prog="lab-eval", usage=USAGE, description="Evaluate a trained model.", epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, or a checkpoint file")
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, a checkpoint file, or a folder of public weights")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="how to evaluate: split, checkpoint, task.eval_lengths"
     )
@@ -46,11 +48,16 @@ def _parser() -> Parser:
 
 def _main(arguments: argparse.Namespace) -> None:
 
-    check_target("lab-eval", arguments.target)
+    public = holds_weights(arguments.target)
+    if not public:
+        check_target("lab-eval", arguments.target)
     with starting("lab-eval"):
-        from lab.training import evaluate_run
+        from lab.training import evaluate_pretrained, evaluate_run
 
-    result, file = evaluate_run(arguments.target, arguments.overrides, arguments.trust, arguments.config)
+    if public:
+        result, file = evaluate_pretrained(arguments.target, arguments.overrides, arguments.config)
+    else:
+        result, file = evaluate_run(arguments.target, arguments.overrides, arguments.trust, arguments.config)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
@@ -65,7 +72,8 @@ def _print_table(result: dict[str, Any], file: Path) -> None:
     from lab.training import Run
 
     lengths = result["by_length"] or {"": result["metrics"]}
-    table = Table(title=f"{result['model']} on {result['task']}, {result['split']} split, {result['checkpoint']} of step {result['step']}")
+    weights = result["checkpoint"] if result["step"] is None else f"{result['checkpoint']} of step {result['step']}"
+    table = Table(title=f"{result['model']} on {result['task']}, {result['split']} split, {weights}")
     table.add_column("metric")
     for length in lengths:
         table.add_column(f"length {length}".strip(), justify="right")

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.cli import Parser, check_target, run, starting
+from lab.cli import Parser, check_target, holds_weights, run, starting
 
 if TYPE_CHECKING:
     from lab.models import SequenceModel
     from lab.tasks import Task
+    from lab.tasks.tokens import FolderTokens
 
 USAGE = "lab-generate RUN_OR_CHECKPOINT [checkpoint=best|last] --prompt TEXT [options]"
 LONGEST = 256  # new tokens where --max-new-tokens is not given
@@ -24,6 +25,7 @@ examples:
   lab-generate runs/text --prompt-file start.txt --stop-token 10      a text ends at its first newline, if its tokens are bytes
   lab-generate runs/mine --prompt "5 9 3 2" --prompt "7 2"            two prompts at once, their answers when both are done
   lab-generate runs/mine checkpoint=last --prompt "5 9 3 2"           the last checkpoint in place of the best one
+  lab-generate path/to/weights --prompt "Once upon a time"            public weights (config.json, model.safetensors, tokenizer.json)
 
 Only what is new is printed, not the prompt. Without --temperature each token is the most probable one (greedy).
 """
@@ -38,7 +40,7 @@ def _parser() -> Parser:
         prog="lab-generate", usage=USAGE, description="Continue prompts with a trained model.", epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, or a checkpoint file")
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="the folder of a run, a checkpoint file, or a folder of public weights")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="checkpoint=best or checkpoint=last")
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="what to go on from; may be given several times")
     parser.add_argument("--prompt-file", metavar="FILE", action="append", default=[], help="a file that is a prompt; - is standard input")
@@ -47,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", metavar="K", type=int, help="sample from the K most probable tokens")
     parser.add_argument("--top-p", metavar="P", type=float, help="sample from the fewest tokens with probability P together")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling: the same seed, the same text (default 0)")
-    parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends")
+    parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends; default: that of public weights")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
     return parser
 
@@ -55,10 +57,14 @@ def _parser() -> Parser:
 def _main(arguments: argparse.Namespace) -> None:
     from lab.config import ConfigError
 
-    check_target("lab-generate", arguments.target)
+    public = holds_weights(arguments.target)
+    if not public:
+        check_target("lab-generate", arguments.target)
     checkpoint = None
     for word in arguments.overrides:
         key, _, checkpoint = word.partition("=")
+        if public:
+            raise ConfigError(f"{word}: {arguments.target} holds public weights, of which nothing can be chosen")
         if key != "checkpoint" or checkpoint not in ("best", "last"):
             raise ConfigError(f"{word}: of a run, only checkpoint=best or checkpoint=last can be chosen; what is sampled, by --options")
     if not arguments.temperature and (arguments.top_k is not None or arguments.top_p is not None):
@@ -70,25 +76,37 @@ def _main(arguments: argparse.Namespace) -> None:
         raise ConfigError("there is no prompt: --prompt TEXT or --prompt-file FILE")
     with starting("lab-generate"):
         from lab import load
+        from lab.models.pretrained import load_pretrained, vocabulary
+        from lab.tasks.tokens import FolderTokens
 
-    model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    model: SequenceModel
+    task: Task | FolderTokens
+    if public:
+        model = stack = load_pretrained(arguments.target)
+        task = FolderTokens(arguments.target, vocabulary(stack))
+        if task.why_ids is not None:
+            print(f"lab-generate: prompt and answer are token ids: {task.why_ids}", file=sys.stderr)
+        if arguments.stop_token is None:
+            arguments.stop_token = task.stop_token
+    else:
+        model, task, _ = load(arguments.target, checkpoint, arguments.trust)
     if not model.causal:
         raise ConfigError(f"{arguments.target}: its model reads the future, so it cannot go on from a prompt")
     prompts = [_tokens(text, task, model) for text in texts]
     if arguments.stop_token is not None and not 0 <= arguments.stop_token < task.vocab_size:
-        raise ConfigError(f"--stop-token {arguments.stop_token}: the tokens of {type(task).__name__} are 0 to {task.vocab_size - 1}")
+        raise ConfigError(f"--stop-token {arguments.stop_token}: the tokens of {_name(task)} are 0 to {task.vocab_size - 1}")
     try:
         new = _continue(model, prompts, arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if len(prompts) == 1:
-        _print((row[0] for row in new), task)
+        _print((row[0] for row in new), task, prompts[0] if public else ())
         return
     rows = [[token for token in row if token is not None] for row in zip(*new, strict=True)] or [[] for _ in prompts]
-    for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
+    for number, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True), 1):
         line = " ".join(text.split())
         _write(f"--- {number}: {line if len(line) <= 60 else f'...{line[-57:]}'}\n")
-        _print(iter(row), task)
+        _print(iter(row), task, prompt if public else ())
 
 
 def _read(name: str) -> str:
@@ -97,7 +115,11 @@ def _read(name: str) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
-def _tokens(text: str, task: Task, model: SequenceModel) -> list[int]:
+def _name(task: Task | FolderTokens) -> str:
+    return str(getattr(task, "folder", type(task).__name__))
+
+
+def _tokens(text: str, task: Task | FolderTokens, model: SequenceModel) -> list[int]:
     from lab.config import ConfigError
 
     if task.text:
@@ -106,12 +128,12 @@ def _tokens(text: str, task: Task, model: SequenceModel) -> list[int]:
         try:
             tokens = [int(word) for word in text.replace(",", " ").split()]
         except ValueError:
-            raise ConfigError(f"the prompt {text!r} must be token ids, such as '5 6 7 2': {type(task).__name__} has no text") from None
+            raise ConfigError(f"the prompt {text!r} must be token ids, such as '5 6 7 2': {_name(task)} has no text") from None
     if not tokens:
         raise ConfigError("the prompt is empty: a model goes on from at least one token")
     wrong = [token for token in tokens if not 0 <= token < task.vocab_size]
     if wrong:
-        raise ConfigError(f"the prompt has the token {wrong[0]}; those of {type(task).__name__} are 0 to {task.vocab_size - 1}")
+        raise ConfigError(f"the prompt has the token {wrong[0]}; those of {_name(task)} are 0 to {task.vocab_size - 1}")
     return tokens
 
 
@@ -138,25 +160,31 @@ def _continue(model: SequenceModel, prompts: list[list[int]], arguments: argpars
     return ([token if token >= 0 else None for token in step.tolist()] for step in steps)
 
 
-def _print(tokens: Iterator[int | None], task: Task) -> None:
+def _print(tokens: Iterator[int | None], task: Task | FolderTokens, before: Sequence[int] = ()) -> None:
     """Each token as it comes: ids with spaces between them, or text, whose last tokens are held back while they may be the beginning of a
-    character."""
+    character. before: tokens of a text that ends there; some tokenizers leave out the space of a first word, so none is decoded as that."""
     held: list[int] = []
+
+    def spelled(held: list[int]) -> str:
+        return task.decode([*before, *held])[len(task.decode(before)) :]
+
     for number, token in enumerate(tokens):
         assert token is not None
         if not task.text:
             _write(f" {token}" if number else str(token))
             continue
         held.append(token)
-        text = task.decode(held)
+        text, n = spelled(held), 0
         if text.endswith("\ufffd"):  # of UTF-8, at most three bytes begin a character; the bytes before them are settled
             n = next((n for n in (3, 2, 1) if task.decode(held[-n:]) == "\ufffd"), len(held))
-            text, held = text[:-1] if n < len(held) else "", held[-n:]
-        else:
-            held = []
+            text = text[:-1] if n < len(held) else ""
+        settled = max(0, len(held) - n)
         if text:
             _write(text)
-    _write((task.decode(held) if held else "") + "\n")
+            before = held[:settled]
+        if settled:
+            held = held[settled:]
+    _write((spelled(held) if held else "") + "\n")
 
 
 def _write(text: str) -> None:

@@ -22,17 +22,17 @@ from lab.models.base import SequenceModel
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": partial(nn.RMSNorm, eps=1e-5)}
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Block(nn.Module):
     """x + mixer(norm1(x)), then, unless d_ff is 0, x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
 
-    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float, norm: str) -> None:
+    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.norm1 = NORMS[norm](d_model)
+        self.norm1 = norm(d_model)
         self.mixer = mixer
-        self.norm2 = NORMS[norm](d_model) if d_ff else None
+        self.norm2 = norm(d_model) if d_ff else None
         self.mlp = MLP(d_model, d_ff) if d_ff else None
         self.dropout = nn.Dropout(dropout)
 
@@ -55,7 +55,8 @@ class Stack(SequenceModel):
     mixer(d_model=d_model) once per layer; a list of mixers is used in turn, and of mixers with names `pattern` says which one each layer
     has; either repeats until n_layers, which must be a multiple. d_ff: None means 4 d_model, 0 no MLP. dropout: on the embedding and both
     branches of a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no
-    limit. norm: "layer" or "rms". tied: the head shares its weights with the embedding, and has no bias."""
+    limit. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its weights with the
+    embedding, and has no bias."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Stack(SequenceModel):
         position: Literal["learned", "none"] = "learned",
         norm: Literal["layer", "rms"] = "layer",
         tied: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
@@ -83,6 +85,8 @@ class Stack(SequenceModel):
             raise ValueError(f"Stack: position={position!r}; expected learned or none")
         if norm not in NORMS:
             raise ValueError(f"Stack: norm={norm!r}; expected layer or rms")
+        if not norm_eps > 0:
+            raise ValueError(f"Stack: norm_eps={norm_eps} must be above 0")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
         if vocab_size is None and tied:
@@ -91,9 +95,9 @@ class Stack(SequenceModel):
         self.embedding = nn.Identity() if vocab_size is None else Embedding(vocab_size, d_model)
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
         self.dropout = nn.Dropout(dropout)
-        makes = per_layer(mixer, pattern, n_layers)
-        self.blocks = nn.ModuleList(Block(d_model, make(d_model=d_model), d_ff, dropout, norm) for make in makes)
-        self.norm = NORMS[norm](d_model)
+        makes, make_norm = per_layer(mixer, pattern, n_layers), partial(NORMS[norm], eps=norm_eps)
+        self.blocks = nn.ModuleList(Block(d_model, make(d_model=d_model), d_ff, dropout, make_norm) for make in makes)
+        self.norm = make_norm(d_model)
         self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight

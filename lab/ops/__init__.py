@@ -1,4 +1,4 @@
-"""Ops: pure functions with several backends. One file each; `backend.py` holds the dispatch rule, `native.py` calls the C++ kernels."""
+"""Ops: pure functions with several backends. One file each; `backend.py` holds the dispatch rule, `native.py` calls compiled kernels."""
 
 from lab.ops.backend import every, force, forced, forget, ops, recording, use, used
 from lab.ops.cauchy_kernel import cauchy_kernel

@@ -7,7 +7,7 @@ w = dt A / 2 these are the sums of S4's generating function (arXiv:2111.00396, s
 Both of a pair make one fraction in real numbers: (2 i s Re v - 2 c Re(v conj w)) / (c^2 |w|^2 - s^2 - 2 i s c Re w).
 
 Backends
-    native     C++, all R in one pass (csrc/cpu/cauchy_kernel.cpp); no (H, N, L).
+    native     C++ and CUDA, all R in one pass (csrc/*/cauchy_kernel*); no (H, N, L).
     torch      that fraction, exportable; it holds (H, N, L / 2).
     reference  the sum of both partners in complex numbers, in a plain loop over k.
 """
@@ -57,7 +57,8 @@ def torch_backend(w: Tensor, v: Tensor, length: int) -> Tensor:
     inverse = 1 / (e.square() + f.square())
     E, F = e * inverse, f * inverse
     a, b = 2 * v_re, 2 * (v_re * w_re.mT + v_im * w_im.mT)
-    return torch.stack([s * (a @ F) - c * (b @ E), s * (a @ E) + c * (b @ F)], -1)
+    with torch.autocast(w.device.type, enabled=False):
+        return torch.stack([s * (a @ F) - c * (b @ E), s * (a @ E) + c * (b @ F)], -1)
 
 
 @torch.library.custom_op("lab::cauchy_kernel", mutates_args=())

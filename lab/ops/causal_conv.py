@@ -3,7 +3,7 @@
 B = batch, L = length, D = channels, K = taps, T = (K - 1) dilation inputs before the first one. Mamba has K 4, dilation 1.
 
 Backends
-    native     C++ on the layout (B, L, D) as it is (csrc/cpu/causal_conv.cpp).
+    native     C++ and CUDA, on the layout (B, L, D) as it is (csrc/*/causal_conv*).
     torch      one shifted product for each tap, exportable.
     reference  the formula in plain loops.
 """

@@ -98,7 +98,7 @@ def matrix(d: Tensor, right: Tensor, left: Tensor) -> Tensor:
 def chunked(
     u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """With M = 2^m tokens in a chunk: X = [A'^j b], O = [C A'^(j+1)], the kernel inside a chunk as a matrix, the states before the chunks
+    """With M = 2^m tokens in a chunk: X = [A'^j b], Y = [C A'^(j+1)], the kernel inside a chunk as a matrix, the states before the chunks
     by doubling."""
     (B, L, D), n = u.shape, d.shape[1]
     if not L:
@@ -171,6 +171,13 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.jit.script(loop)
 
 
+def supports(*args: Tensor | None) -> str | None:
+    u = args[0]
+    if u is not None and u.is_cuda:
+        return "there is no CUDA kernel of it: the torch backend is made of matrix products"
+    return native.why_not(*args[:-1])
+
+
 def native_backend(
     u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -223,15 +230,16 @@ def _backward(ctx: Any, gy: Tensor, glast: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _example() -> tuple[Any, ...]:
-    low = 0.1 * torch.randn(1, 5, 3, 2)
-    return torch.randn(2, 9, 5), torch.zeros(2, 5, 3, 2), -torch.rand(5, 3, 2), low, low, torch.randn(5, 3, 2), torch.randn(5, 3, 2), None
+    low, state = (1, 5, 3, 2), (5, 3, 2)
+    matrices = -torch.rand(state), 0.1 * torch.randn(low), 0.1 * torch.randn(low), torch.randn(state), torch.randn(state)
+    return torch.randn(2, 9, 5), torch.randn(2, *state), *matrices, None
 
 
 differentiable_once("dplr_scan", forward_op, backward_op, _save, _backward, twice="torch")
 DPLR_SCAN = Op(
     "dplr_scan",
     (
-        Backend("native", native_backend, supports=lambda *args: native.why_not(*args[:-1])),
+        Backend("native", native_backend, supports=supports),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

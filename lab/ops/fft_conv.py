@@ -4,7 +4,7 @@ B = batch, L = length, D = channels. Never circular.
 
 Backends
     native     C++ over channels side by side, without transposing u, at 1 to 1.5 times the length; the backward pass transforms u
-               anew (csrc/cpu/fft_conv.cpp).
+               anew (csrc/cpu/fft_conv.cpp). On a GPU a sequence stays in a block's shared memory, so it has a LONGEST.
     torch      the real FFT along time, padded to twice the length.
     reference  the formula in a plain loop.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lab.ops import native
 from lab.ops.backend import Backend, Op, differentiable_once
+
+LONGEST = {torch.float32: 8192, torch.float64: 4096}  # sequence that csrc/cuda/fft_conv.cu takes
 
 
 def fft_conv(u: Tensor, K: Tensor, D: Tensor | None = None) -> Tensor:
@@ -53,6 +55,13 @@ def torch_backend(u: Tensor, K: Tensor, D: Tensor | None) -> Tensor:
     n = 2 * L  # room for the whole product: nothing wraps around
     y = torch.fft.irfft(torch.fft.rfft(u.transpose(1, 2), n) * torch.fft.rfft(K, n), n)[..., :L].transpose(1, 2)
     return y if D is None else y + D * u
+
+
+def supports(u: Tensor, K: Tensor, D: Tensor | None) -> str | None:
+    reason = native.why_not(u, K, D)
+    if reason is None and u.is_cuda and u.shape[1] > LONGEST[u.dtype]:
+        return f"on a GPU it takes {LONGEST[u.dtype]} steps of {u.dtype}, which fit into a block's shared memory; torch uses cuFFT"
+    return reason
 
 
 def native_backend(u: Tensor, K: Tensor, D: Tensor | None) -> Tensor:
@@ -100,7 +109,7 @@ differentiable_once("fft_conv", forward_op, backward_op, _save, _backward, twice
 FFT_CONV = Op(
     "fft_conv",
     (
-        Backend("native", native_backend, supports=native.why_not),
+        Backend("native", native_backend, supports=supports),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

@@ -6,7 +6,7 @@ B = batch, L = length, H = oscillators. wrap takes the remainder modulo 2 pi, up
 natural frequency omega. Nonlinear in theta, hence sequential in t. Source: Kuramoto (1975), by explicit Euler.
 
 Backends
-    native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp).
+    native     C++, four rows at a time (csrc/cpu/kuramoto_scan.cpp); CUDA, a thread for each oscillator.
     torch      one opaque operator with a hand-written gradient: a compiled graph sees one node. While exporting, a loop of free length.
     reference  the formula in a plain loop.
 """
@@ -141,14 +141,14 @@ def forward_op(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: T
     return phases.transpose(0, 1).contiguous()
 
 
-def native_pitch(dtype: torch.dtype, H: int) -> int:
-    """H rounded up to whole vectors, in which the kernel works."""
-    return -(-H // native.width(dtype)) * native.width(dtype)
+def native_pitch(t: Tensor) -> int:
+    """H of t (..., H), rounded up to whole vectors, in which the kernel works."""
+    return -(-t.shape[-1] // native.width(t)) * native.width(t)
 
 
 def native_forward(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Tensor, dt: float) -> Tensor:
     B, L, H = drive.shape
-    pitch = native_pitch(drive.dtype, H)
+    pitch = native_pitch(drive)
     phases = drive.new_zeros(B, L + 1, pitch)
     phases[:, 0, :H] = theta0
     torch.add(drive, omega, out=phases[:, 1:, :H]).mul_(dt)
@@ -208,7 +208,7 @@ def torch_adjoints(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: f
 
 def native_adjoints(grad: Tensor, phases: Tensor, kappa: Tensor, W: Tensor, dt: float) -> tuple[Tensor, Tensor]:
     B, steps, H = phases.shape
-    pitch = native_pitch(phases.dtype, H)
+    pitch = native_pitch(phases)
     pad = (0, pitch - H)
     adjoints, of_gain = phases.new_zeros(B, steps, pitch), phases.new_empty(B, pitch)
     adjoints[..., :H] = grad

@@ -4,7 +4,8 @@ B = batch, L = length, D = channels. a may change with every step or be one numb
 recurrence backwards in time: g_t = dLoss/dh_t + conj(a_{t+1}) g_{t+1}, of x_t; g_t conj(h_{t-1}), of a_t; conj(a_0) g_0, of h_{-1}.
 
 Backends
-    native     C++, one pass over the data (csrc/cpu/linear_recurrence.cpp).
+    native     C++, one pass over the data (csrc/cpu/linear_recurrence.cpp); CUDA, three where there are few channels.
+    triton     on a GPU, by blocks of time that are scanned at once (lab/ops/triton/scans.py).
     torch      log2(L) rounds of doubling (Hillis and Steele, 1986). While exporting, a `scan` of free length in real numbers.
     reference  the formula in a plain loop.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from lab.ops import native
 from lab.ops.backend import Backend, Op, differentiable_once, exporting
 from lab.ops.complex import multiply
+from lab.ops.triton import launch
 
 MEMORY = 8  # multiply-adds in the time of an element, which is that of reading and writing it
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -84,6 +86,10 @@ def native_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     return forward_op(a, x, h0, "native")
 
 
+def triton_backend(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    return forward_op(a, x, h0, "triton")
+
+
 def exported(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """The same, with x (B, L, D) or in pairs (B, L, D, 2), in operators that an exported file can hold: a loop whose length is an input.
     Under torch.no_grad()."""
@@ -142,6 +148,8 @@ def doubled(a: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 def forward_op(a: Tensor, x: Tensor, h0: Tensor, backend: str) -> Tensor:
     if backend == "torch":
         return doubled(a, x, h0)
+    if backend == "triton":
+        return launch.linear_recurrence(a, x, h0)
     B, L, D = x.shape
     a, x, h0 = (t.resolve_conj().contiguous() for t in (a, x, h0))
     h = torch.empty_like(x)
@@ -157,6 +165,8 @@ def _(a: Tensor, x: Tensor, h0: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("lab::linear_recurrence_backward", mutates_args=())
 def backward_op(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """grad (B, L, D) of h -> gradients of a, x, h0."""
+    if backend == "triton":
+        return launch.linear_recurrence_backward(grad, a, h, h0)
     B, L, D = h.shape
     per_step = a.ndim == 3
     if backend == "torch":
@@ -205,6 +215,7 @@ LINEAR_RECURRENCE = Op(
     "linear_recurrence",
     (
         Backend("native", native_backend, supports=lambda a, x, h0: native.why_not(a, x, h0, dtypes=DTYPES)),
+        Backend("triton", triton_backend, supports=lambda a, x, h0: launch.why_not(a, x, h0, dtypes=DTYPES)),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

@@ -1,8 +1,9 @@
-"""Loads C++ kernels, those of csrc/ and your own, and makes every call into them.
+"""Loads compiled kernels, those of csrc/ and your own, and makes every call into them.
 
-They are plain functions on pointers in a shared library. Those of csrc/ are built when lab is installed, one library for each instruction
-set; the best one that this processor has is loaded, and `why_not()` says why there is none. `Library` is one of your own. A call checks
-every tensor: a wrong pointer would end the process.
+They are plain functions on pointers in a shared library. Those of csrc/cpu are built when lab is installed, one library for each
+instruction set; the best one that this processor has is loaded. Those of csrc/cuda are a library of their own, for tensors on a GPU: the
+same functions with the stream in place of the number of threads. `why_not()` says why there is none. `Library` is one of your own,
+on the CPU. A call checks every tensor: a wrong pointer would end the process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.compiler import NoLibrary, compile_once, digest, levels_here, own_sources, rebuild_command
+from lab.compiler import ARCHITECTURES, LAB_CUDA, NoLibrary, compile_once, cuda_sources, digest, levels_here, own_sources, rebuild_command
 from lab.ops.backend import exporting
 
 FOLDER = Path(__file__).parent
@@ -30,59 +31,109 @@ _threads: int | None = None  # a limit on the kernels' threads: 1 in a forked pr
 
 
 def load(folder: Path = FOLDER, sources: Sequence[Path] | None = None) -> tuple[ctypes.CDLL | None, str]:
-    """The library and its instruction set, or None and the reason.
+    """The library for the CPU and its instruction set, or None and the reason.
 
     In a checkout it must have been built from the sources that are there: Python code and kernels of two versions would not fit.
     """
     for level in levels_here():
         file = folder / f"cpu_{level}.so"
-        if not file.exists():
-            continue
-        try:
-            library = ctypes.CDLL(str(file))
-            built = made_of(library)["sources"]
-        except (OSError, AttributeError) as error:
-            return None, f"{file.name} does not load ({error}); {rebuild_command()}"
-        wanted = own_sources() if sources is None else sources
-        if wanted and built != digest(wanted):
-            return None, f"{file.name} was built from other sources than csrc/ holds now; {rebuild_command()}"
-        return library, level
+        if file.exists():
+            return _open(file, own_sources() if sources is None else sources, "", level)
     return None, "the C++ kernels are not built: installing lab with a C++ compiler at hand builds them"
 
 
+def load_cuda(folder: Path = FOLDER, sources: Sequence[Path] | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """The library for GPUs and what it was compiled for, or None and the reason."""
+    file = folder / "cuda.so"
+    if not file.exists():
+        return None, f"the CUDA kernels are not built: installing lab with nvcc and a GPU at hand, or {LAB_CUDA}=1, builds them"
+    library, says = _open(file, cuda_sources() if sources is None else sources, f"{LAB_CUDA}=1 ", "")
+    return (None, says) if library is None else _for_the_driver(library)
+
+
+def _for_the_driver(library: ctypes.CDLL) -> tuple[ctypes.CDLL | None, str]:
+    made, driver = made_of(library), library.old_driver()
+    if driver:
+        return None, f"cuda.so was built by {made['compiler']}, the driver here goes up to CUDA {driver // 1000}.{driver % 1000 // 10}"
+    return library, made["threads"]
+
+
+def _open(file: Path, wanted: Sequence[Path], variables: str, says: str) -> tuple[ctypes.CDLL | None, str]:
+    try:
+        library = ctypes.CDLL(str(file))
+        built = made_of(library)["sources"]
+    except (OSError, AttributeError) as error:
+        return None, f"{file.name} does not load ({error}); {variables}{rebuild_command()}"
+    if wanted and built != digest(wanted):
+        return None, f"{file.name} was built from other sources than csrc/ holds now; {variables}{rebuild_command()}"
+    return library, says
+
+
 def made_of(library: ctypes.CDLL) -> dict[str, str]:
-    """What one of lab's own libraries was built from, by what, and whether it has threads. AttributeError of any other library."""
+    """What one of lab's own libraries was built from, by what, and whether it has threads, or for which GPUs it was compiled.
+    AttributeError of any other library."""
     library.made_of.restype = ctypes.c_char_p
     return dict(zip(("sources", "compiler", "threads"), library.made_of().decode().split("|"), strict=True))
 
 
 LIBRARY, SAYS = load()  # what was loaded, and its instruction set or the reason why there is none
-VECTOR_BYTES = LIBRARY.vector_bytes() if LIBRARY is not None else 0
+CUDA, CUDA_SAYS = load_cuda()  # the same, for tensors on a GPU
 
 
-def width(dtype: torch.dtype) -> int:
-    """How many numbers of a real dtype a vector of the loaded library holds; some buffers are laid out in whole vectors."""
-    return VECTOR_BYTES // dtype.itemsize
+def width(t: Tensor) -> int:
+    """How many numbers of its dtype a vector of the library for its device holds; some buffers are laid out in whole vectors."""
+    library = CUDA if t.is_cuda else LIBRARY
+    assert library is not None
+    library.width.restype = ctypes.c_int64
+    return library.width(ctypes.c_int64(t.dtype.itemsize))
 
 
 def why_not(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> str | None:
     """The reason why the kernels cannot compute with these tensors, or None."""
-    if LIBRARY is None:
+    given = [t for t in tensors if t is not None]
+    device = given[0].device.type
+    if device == "cuda" and CUDA is None:
+        return CUDA_SAYS
+    if device != "cuda" and LIBRARY is None:
         return SAYS
     if exporting():
         return "an exported file must run without lab's kernels"
-    given = [t for t in tensors if t is not None]
-    if any(t.device.type != "cpu" for t in given):
-        return f"a tensor is on {next(t.device for t in given if t.device.type != 'cpu')}, the C++ kernels compute on the CPU"
+    if device not in ("cpu", "cuda"):
+        return f"a tensor is on {device}, there are kernels for the CPU and for CUDA"
+    if any(t.device != given[0].device for t in given):
+        return f"its tensors are on {given[0].device} and {next(t.device for t in given if t.device != given[0].device)}"
     if given[0].dtype not in dtypes:
         return f"{given[0].dtype} is not among {', '.join(map(str, dtypes))}"
-    return None
+    return _too_old(given[0].device.index) if device == "cuda" else None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, work: int) -> int:
-    """name_dtype(pointers and integers ..., threads). Tensors must be contiguous, on the CPU and of `dtype`; None is a null pointer.
-    work: about how many multiply-adds the call takes, for `threads_for`."""
-    return _call(function(f"{name}_{NAMES[dtype]}"), name, dtype, arguments, threads_for(work))
+def _too_old(index: int | None) -> str | None:
+    """Why a GPU cannot run the kernels, or None."""
+    if not torch.cuda.is_available():  # it is only asked about
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"cuda:{index} has sm_{major}{minor}, the CUDA kernels need {next(iter(ARCHITECTURES))}" if major < 8 else None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None, work: int) -> None:
+    """name_dtype(pointers and integers ..., threads or stream), of the library for the first tensor's device. Tensors must be contiguous,
+    on one device and of `dtype`; None is a null pointer. work: about how many multiply-adds the call takes, for `threads_for`."""
+    device = next(t.device for t in arguments if isinstance(t, Tensor))
+    run = function(f"{name}_{NAMES[dtype]}", device.type)
+    if device.type == "cpu":
+        _call(run, name, dtype, device, arguments, threads_for(work))
+        return
+    with torch.cuda.device(device):
+        error = _call(run, name, dtype, device, arguments, torch.cuda.current_stream(device).cuda_stream)
+    if error:
+        raise RuntimeError(f"{name}: the CUDA kernel did not start on {device}: {error_text(error)}")
+
+
+def error_text(error: int) -> str:
+    """What CUDA says of the number of an error."""
+    assert CUDA is not None
+    CUDA.error_text.restype = ctypes.c_char_p
+    return CUDA.error_text(ctypes.c_int64(error)).decode()
 
 
 def threads_for(work: int) -> int:
@@ -95,27 +146,29 @@ def allowed_threads() -> int:
 
 
 @cache
-def function(name: str) -> Any:
-    if LIBRARY is None:
-        raise RuntimeError(SAYS)
-    loaded = getattr(LIBRARY, name)
-    loaded.restype = ctypes.c_int64
+def function(name: str, device: str = "cpu") -> Any:
+    library, says = (CUDA, CUDA_SAYS) if device == "cuda" else (LIBRARY, SAYS)
+    if library is None:
+        raise RuntimeError(says)
+    loaded = getattr(library, name)
+    loaded.restype = ctypes.c_int64  # of CUDA kernels, the number of an error; those of the CPU return nothing
     return loaded
 
 
-def _call(run: Any, name: str, dtype: torch.dtype, arguments: Sequence[Tensor | int | None], threads: int) -> int:
+def _call(run: Any, name: str, dtype: torch.dtype, device: torch.device, arguments: Sequence[Tensor | int | None], last: int) -> int:
     values: list[Any] = []
     for i, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
-            if argument.dtype != dtype or argument.device.type != "cpu" or not argument.is_contiguous() or argument.is_conj():
+            if argument.dtype != dtype or argument.device != device or not argument.is_contiguous() or argument.is_conj():
+                where = "the CPU" if device.type == "cpu" else device
                 raise ValueError(
-                    f"{name}: argument {i} must be a contiguous {dtype} tensor on the CPU, got {argument.dtype} on {argument.device} "
+                    f"{name}: argument {i} must be a contiguous {dtype} tensor on {where}, got {argument.dtype} on {argument.device} "
                     f"with strides {argument.stride()}"
                 )
             values.append(ctypes.c_void_p(argument.data_ptr()))
         else:
             values.append(argument if argument is None else ctypes.c_int64(argument))
-    return run(*values, ctypes.c_int64(threads))  # `arguments` keeps the tensors alive until it returns
+    return run(*values, ctypes.c_int64(last))  # `arguments` keeps the tensors alive until it returns
 
 
 class Library:
@@ -152,7 +205,7 @@ class Library:
         library, says = self.loaded
         if library is None:
             raise RuntimeError(says)
-        _call(getattr(library, f"{name}_{NAMES[dtype]}"), name, dtype, arguments, allowed_threads())
+        _call(getattr(library, f"{name}_{NAMES[dtype]}"), name, dtype, torch.device("cpu"), arguments, allowed_threads())
 
     @cached_property
     def loaded(self) -> tuple[ctypes.CDLL | None, str]:
@@ -167,7 +220,8 @@ class Library:
 
 
 # What torch.compiler.assume_constant_result does, which takes seconds to import: the compiler calls it instead of looking into it.
-setattr(Library.lacks, "_dynamo_marked_constant", True)  # noqa: B010
+for asked in (Library.lacks, _too_old):
+    setattr(asked, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _forked() -> None:

@@ -6,7 +6,8 @@ Bt = batch, L = length, E = channels, N = d_state: each channel has N states; B 
 (one half of the conjugate pairs) y takes 2 Re(C . h).
 
 Backends
-    native     C++, the states in registers, one state kept per 16 steps (csrc/cpu/selective_scan.cpp); real A, NaN where it is above 0.
+    native     C++ and CUDA, the states in registers, one state kept per 16 steps (csrc/*/selective_scan*); real A, NaN where it is above 0.
+    triton     on a GPU, by blocks of 16 steps that are scanned at once (lab/ops/triton/scans.py); real A.
     torch      chunks of 64 steps, each by doubling; one state kept per chunk. While exporting, a `scan` of free length; real A.
     reference  the formula in a plain loop.
 """
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from lab.ops import native
 from lab.ops.backend import Backend, Op, differentiable_once, exporting
 from lab.ops.linear_recurrence import doubled
+from lab.ops.triton import launch
 
 CHUNK = 64  # steps; (Bt, CHUNK, E, N) is the largest tensor of the torch backend
 
@@ -84,9 +86,17 @@ def torch_backend(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
 
 def native_backend(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, dt, A, B, C, D, h0))
-    y, last, _ = forward_op(u, dt, A, B, C, D, h0, "native", keep)
+    y, last, _ = forward_op(u, dt, A, B, C, D, h0, "native", needs_gradient(u, dt, A, B, C, D, h0))
     return y, last
+
+
+def triton_backend(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    y, last, _ = forward_op(u, dt, A, B, C, D, h0, "triton", needs_gradient(u, dt, A, B, C, D, h0))
+    return y, last
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def exported(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +136,15 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
 
 def native_starts(u: Tensor, N: int) -> tuple[int, ...]:
     """The shape in which the kernel keeps the state of every 16th step: tiles of vectors of channels."""
-    (Bt, L, E), W = u.shape, native.width(u.dtype)
+    (Bt, L, E), W = u.shape, native.width(u)
     return Bt, -(-E // W), -(-L // 16), N, W
+
+
+def native_parts(u: Tensor) -> int:
+    """The tasks of a row, which add up over their channels for B and C: a function of the shape and the kind of device alone, so that sums
+    do not change with threads. On a GPU as many as there are blocks of 32 channels."""
+    Bt, _, E = u.shape
+    return max(1, -(-E // 32) if u.is_cuda else min(16 // max(Bt, 1), E // 64))
 
 
 # The opaque operator and its gradient. `starts` holds what the backward pass needs of the forward one: the state at the beginning of each
@@ -163,6 +180,8 @@ def forward_op(
             work=12 * u.numel() * N,
         )
         return y, last, starts
+    if backend == "triton":
+        return launch.selective_scan(u, dt, A, B, C, D, h0, keep)
     h, ys, kept = h0, [D * u[:, :0]], [h0]
     for t in range(0, L, CHUNK):
         x, d, b, c = (s[:, t : t + CHUNK] for s in (u, dt, B, C))
@@ -179,6 +198,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "native":
         starts = u.new_empty(native_starts(u, A.shape[1]) if keep else 0)
+    elif backend == "triton":
+        starts = u.new_empty(launch.scan_starts(u, A.shape[1]) if keep else 0)
     else:
         starts = h0.new_empty(1 + -(-u.shape[1] // CHUNK), *h0.shape)
     return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h0), starts
@@ -194,9 +215,7 @@ def backward_op(
         u, dt, B, C, D, starts, gy, glast = (t.contiguous() for t in (u, dt, B, C, D, starts, gy, glast))
         if starts.shape != native_starts(u, N):  # the kernel would read beyond its end
             raise ValueError(f"selective_scan: the saved states must be {native_starts(u, N)}, got {tuple(starts.shape)}")
-        parts = max(
-            1, min(16 // max(Bt, 1), E // 64)
-        )  # tasks of a row; a function of the shape alone, so that sums do not change with threads
+        parts = native_parts(u)
         gu, gdt, gA, gD, gh0 = (t.new_empty(s) for t, s in ((u, u.shape), (u, u.shape), (u, (Bt, E, N)), (u, (Bt, E)), (u, glast.shape)))
         gB, gC = u.new_empty(parts, Bt, L, N), u.new_empty(parts, Bt, L, N)
         grads = (gu, gdt, gA, gB, gC, gD, gh0)
@@ -221,6 +240,8 @@ def backward_op(
             work=24 * u.numel() * N,
         )
         return [gu, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gh0]
+    if backend == "triton":
+        return launch.selective_scan_backward(gy, glast, u, dt, A, B, C, D, starts)
     gu, gdt, gA, gB, gC, gh = *(torch.zeros_like(t) for t in (u, dt, A, B, C)), glast
     for t in reversed(range(0, L, CHUNK)):
         now = slice(t, t + CHUNK)
@@ -279,6 +300,7 @@ SELECTIVE_SCAN = Op(
     "selective_scan",
     (
         Backend("native", native_backend, supports=native.why_not),
+        Backend("triton", triton_backend, supports=lambda u, dt, A, *rest: launch.why_not(A, u, dt, *rest)),  # a complex A is said
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

@@ -4,7 +4,8 @@ H = channels, N = states, one of each pair of conjugates. With w = dt A and c = 
 hold (arXiv:2206.11893, section 3).
 
 Backends
-    native     C++: powers carried along the positions, restarted from double precision (csrc/cpu/ssm_kernel.cpp); no (H, N, L).
+    native     C++ and CUDA: powers carried along the positions, restarted from double precision (csrc/*/ssm_kernel*); no (H, N, L).
+    triton     the same on a GPU, with angles reduced in double precision (lab/ops/triton/vandermonde.py).
     torch      a Vandermonde matrix in real numbers, exportable; it holds (H, N, L).
     reference  the formula in a plain loop.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lab.ops import native
 from lab.ops.backend import Backend, Op, differentiable_once
+from lab.ops.triton import launch
 
 
 def ssm_kernel(w: Tensor, c: Tensor, length: int) -> Tensor:
@@ -44,21 +46,33 @@ def torch_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
     return 2 * (c_re[:, None] @ (size * angle.cos()) - c_im[:, None] @ (size * angle.sin()))[:, 0]
 
 
-@torch.library.custom_op("lab::ssm_kernel", mutates_args=())
 def native_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
+    return forward_op(w, c, length, "native")
+
+
+def triton_backend(w: Tensor, c: Tensor, length: int) -> Tensor:
+    return forward_op(w, c, length, "triton")
+
+
+@torch.library.custom_op("lab::ssm_kernel", mutates_args=())
+def forward_op(w: Tensor, c: Tensor, length: int, backend: str) -> Tensor:
+    if backend == "triton":
+        return launch.ssm_kernel(w, c, length)
     K = w.new_empty(w.shape[0], length)
     native.call("ssm_kernel", w.dtype, w.contiguous(), c.contiguous(), K, w.shape[0], w.shape[1], length, work=2 * w.numel() * length)
     return K
 
 
-@native_backend.register_fake
-def _(w: Tensor, c: Tensor, length: int) -> Tensor:
+@forward_op.register_fake
+def _(w: Tensor, c: Tensor, length: int, backend: str) -> Tensor:
     return w.new_empty(w.shape[0], length)
 
 
 @torch.library.custom_op("lab::ssm_kernel_backward", mutates_args=())
-def backward_op(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def backward_op(g: Tensor, w: Tensor, c: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """g (H, L) of K -> gradients of w and c."""
+    if backend == "triton":
+        return launch.ssm_kernel_backward(g, w, c)
     w, c, g = (t.contiguous() for t in (w, c, g))
     gw, gc = torch.empty_like(w), torch.empty_like(c)
     native.call("ssm_kernel_backward", g.dtype, w, c, g, gw, gc, w.shape[0], w.shape[1], g.shape[1], work=4 * w.numel() * g.shape[1])
@@ -66,23 +80,25 @@ def backward_op(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @backward_op.register_fake
-def _(g: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _(g: Tensor, w: Tensor, c: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(w, memory_format=torch.contiguous_format), torch.empty_like(c, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    w, c, _, ctx.backend = inputs
+    ctx.save_for_backward(w, c)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward_op(g, *ctx.saved_tensors), None
+    return *backward_op(g, *ctx.saved_tensors, ctx.backend), None, None
 
 
-differentiable_once("ssm_kernel", native_backend, backward_op, _save, _backward, twice="torch")
+differentiable_once("ssm_kernel", forward_op, backward_op, _save, _backward, twice="torch")
 SSM_KERNEL = Op(
     "ssm_kernel",
     (
         Backend("native", native_backend, supports=lambda w, c, length: native.why_not(w, c)),
+        Backend("triton", triton_backend, supports=lambda w, c, length: launch.why_not(w, c)),
         Backend("torch", torch_backend),
         Backend("reference", reference),
     ),

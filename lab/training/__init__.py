@@ -22,6 +22,7 @@ _HOME = {
     "StateSpaces": "monitoring",
     "TensorBoard": "loggers",
     "Wandb": "loggers",
+    "evaluate_pretrained": "evaluate",
     "evaluate_run": "evaluate",
     "load": "load",
     "resume": "start",

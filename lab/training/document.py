@@ -14,11 +14,12 @@ from lab.training.provenance import environment
 
 
 def metrics_document(
-    model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int, seed: int, metrics: Mapping[str, float],
+    model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int | None, seed: int | None,
+    metrics: Mapping[str, float],
     by_position: list[float | None], references: Mapping[str, float], data: Mapping[str, Any], by_length: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """references: scores of the whole split that need no model, in units of the task's first metric. data: what identifies the data, and
-    how much of the split was scored in which way."""
+    how much of the split was scored in which way. step, seed: None of weights that came without them."""
     return {
         "task": identity["choices"]["task"],
         "model": identity["choices"]["model"],

@@ -1,4 +1,5 @@
-"""`evaluate_run`: the scores of a stored model on a split, by everything that the run's own config says."""
+"""`evaluate_run`: the scores of a stored model on a split, by everything that the run's own config says. `evaluate_pretrained`: those of
+public weights, which have no config, on a task that the user names."""
 
 from __future__ import annotations
 
@@ -8,14 +9,17 @@ from typing import Any
 import torch
 
 from lab import ops
-from lab.config import ConfigError
+from lab.config import ConfigError, check, compose
 from lab.config.errors import nearest
 from lab.files import write_json
 from lab.models import SequenceModel
+from lab.models.pretrained import load_pretrained, vocabulary
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import SPLITS
 from lab.training.document import metrics_document
+from lab.training.experiment import build_node, force_ops
 from lab.training.load import check_config_file, check_same_data, find_checkpoint, load_checkpoint
+from lab.training.provenance import code_version, git_state
 from lab.training.run import Run, RunError
 
 OPTIONS = {"split": SPLITS, "checkpoint": ("best", "last")}  # of lab-eval itself, with their choices
@@ -42,17 +46,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     check_same_data(path, loaded.identity, task)
     model = loaded.model.to(_device(trainer["accelerator"]))
 
-    def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
-        return score(model, task, own["split"], scale, trainer["batch_size"], trainer["num_workers"])
-
-    metrics, by_position = measure(1)
-    by_length: dict[str, Any] = {str(task.seq_len): metrics}
-    for scale in sorted(set(task.eval_lengths) - {1}):
-        length = task.seq_len * scale
-        if model.max_len is not None and length > model.max_len:
-            by_length[str(length)] = f"not applicable (max_len {model.max_len})"
-        else:
-            by_length[str(length)] = measure(scale)[0]
+    metrics, by_position, by_length = _measure(model, task, own["split"], trainer)
     document = metrics_document(
         model,
         loaded.identity,
@@ -73,6 +67,79 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         write_json(run.path / "metrics.json", document)
     write_json(file, document)
     return document, file
+
+
+def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Evaluates the public weights of a folder; returns the scores and the file they were written to, eval/TASK-SPLIT.json in the folder.
+
+    overrides: task=NAME or experiment=NAME, which says the task and how it is scored, split (default test), and keys of them, as
+    task.seq_len. config_file: an experiment's file instead. Raises RunError or ConfigError.
+    """
+    own: dict[str, str] = {"split": "test"}
+    words = [f"--config={config_file}"] if config_file is not None else []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key == "split":
+            own["split"] = _choice(key, value)
+        elif key == "checkpoint" or key.partition(".")[0] == "model":
+            raise ConfigError(
+                f"{word}: the model and its weights are those of {folder}; task=, experiment= and split= say what it is scored on"
+            )
+        else:
+            words.append(word)
+    if not any(word.startswith(("--config=", "experiment=", "task=")) for word in words):
+        raise ConfigError(f"{folder} is a folder of public weights, which has no task of its own: add task=NAME or experiment=NAME")
+    composed = compose(words)
+    check(composed)
+    with composed.saying_where():
+        task, trainer = build_node("task", composed.config["task"], None), composed.config["trainer"]
+        force_ops(composed.config["ops"], None)
+    model = load_pretrained(folder)
+    vocab_size, choice = vocabulary(model), composed.choices["task"]
+    if task.vocab_size != vocab_size:
+        raise ConfigError(
+            f"task={choice} has {task.vocab_size:,} tokens and the model of {folder} {vocab_size:,}: what a token stands for must be the "
+            "same, so it can only be scored on a task of its own vocabulary"
+        )
+    metrics, by_position, by_length = _measure(model.to(_device(trainer["accelerator"])), task, own["split"], trainer)
+    document = metrics_document(
+        model,
+        {
+            "choices": {"task": choice, "model": Path(folder).resolve().name},
+            "config_hash": None,
+            "code_version": code_version(),
+            "git_commit": git_state()[0],
+        },
+        checkpoint="public weights",
+        split=own["split"],
+        step=None,
+        seed=None,
+        metrics=metrics,
+        by_position=by_position,
+        by_length=by_length,
+        references=task.references(own["split"]),
+        data={**task.facts(), **task.split(own["split"]).facts()},
+    )
+    file = Path(folder) / "eval" / f"{choice}-{own['split']}.json"
+    write_json(file, document)
+    return document, file
+
+
+def _measure(model: SequenceModel, task: Task, split: str, trainer: dict[str, Any]) -> tuple[dict[str, float], list[Any], dict[str, Any]]:
+    """metrics, accuracy by position, and the metrics at each input length that the task asks for."""
+
+    def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
+        return score(model, task, split, scale, trainer["batch_size"], trainer["num_workers"])
+
+    metrics, by_position = measure(1)
+    by_length: dict[str, Any] = {str(task.seq_len): metrics}
+    for scale in sorted(set(task.eval_lengths) - {1}):
+        length = task.seq_len * scale
+        if model.max_len is not None and length > model.max_len:
+            by_length[str(length)] = f"not applicable (max_len {model.max_len})"
+        else:
+            by_length[str(length)] = measure(scale)[0]
+    return metrics, by_position, by_length
 
 
 def score(
@@ -97,9 +164,7 @@ def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     for word in overrides:
         key, _, value = word.partition("=")
         if key in OPTIONS:
-            if value not in OPTIONS[key]:
-                raise ConfigError(f"{key} must be one of {', '.join(OPTIONS[key])}, got {value!r}")
-            own[key] = value
+            own[key] = _choice(key, value)
         elif key in OVERRIDABLE:
             of_the_run.append(word)
         else:
@@ -107,6 +172,12 @@ def _sort(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
             allowed = f"the run's own config decides; allowed are {', '.join((*OPTIONS, *OVERRIDABLE))}"
             raise ConfigError(f"{key} cannot change in lab-eval" + (f"; did you mean {near}?" if near else f", {allowed}"))
     return own, of_the_run
+
+
+def _choice(key: str, value: str) -> str:
+    if value not in OPTIONS[key]:
+        raise ConfigError(f"{key} must be one of {', '.join(OPTIONS[key])}, got {value!r}")
+    return value
 
 
 def _device(accelerator: str) -> torch.device:

@@ -64,12 +64,17 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
         experiment = Experiment(**{**config, **built})
         check_causal(experiment.model, experiment.task, config["model"])
         _ = experiment.weights, experiment.max_steps if to_train else None
-        ops.force({op: own_backend(op, name, trust) if "." in name else name for op, name in experiment.ops.items()})
-        ops.forget()
+        force_ops(experiment.ops, trust)
     except ValueError as error:
         raise _mistake(error, dict(config), ()) from error
     initialise(experiment.model, experiment.seed)
     return experiment
+
+
+def force_ops(choices: Mapping[str, str], trust: list[str] | None) -> None:
+    """The backends of a config's `ops`, for this process; what was used before is forgotten."""
+    ops.force({op: own_backend(op, name, trust) if "." in name else name for op, name in choices.items()})
+    ops.forget()
 
 
 def check_causal(model: SequenceModel, task: Task, node: Any) -> None:
