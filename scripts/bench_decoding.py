@@ -4,8 +4,9 @@
 
 4 layers, d_model 256, vocabulary 256, float32, batch 1, greedy. A side decodes TOKENS tokens behind the same state, in one process, in
 turn; medians of the process CPU time. The state at a position comes from a prefill in chunks; from 10,000 on all but Mamba's are drawn at
-random: the time does not depend on the numbers, and they take long to compute. `generate` is the whole call behind a prompt of 16 tokens, with all that it prepares;
-the bound is the rate at which the weights, as float32, can be read here once for every token. Prefill: the logits of the last token alone.
+random: the time does not depend on the numbers, and they take long to compute. `generate` is the whole call behind a prompt of 16 tokens,
+with all that it prepares; the bound is the rate at which the weights, as float32, can be read here once for a token. Prefill: the logits
+of the last token alone.
 Peers: pip install .[bench]; a row whose peer is missing says so.
 """
 

@@ -44,6 +44,8 @@ class Continuation:
     @cached_property
     def program(self) -> Program | str:
         """Or the reason why there is none."""
+        if self.last.device.type != "cpu":
+            return f"the model is on {self.last.device}, a program runs on the CPU"
         reason = native.why_not(self.last, dtypes=(torch.float32,)) or unsuited(self.model)
         if reason is not None:
             return reason
