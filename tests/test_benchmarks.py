@@ -69,3 +69,11 @@ def test_models_and_the_page(script, tmp_path):
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.count("|") == 3 for line in tables[:3]) and "| kuramoto_scan, B 2, L 4, H 8 | Python loop |" in page
     assert "pip install transformers" in page and page.count("| mamba |") == 7  # 2 peers by 2 lengths, 2 allocators, shares
+
+
+def test_decoding(script):
+    printed, report = script("bench_decoding", "--only", "mamba")
+    rows = {(row["name"], row["position"]): row for row in report["positions"]}
+    assert rows["mamba", 5]["mambapy"] == "not installed: pip install mambapy" and rows["mamba", 40]["compiled"] > 0
+    assert {row["name"] for row in report["generate"]} == {"mamba"} == {row["name"] for row in report["prefill"]}
+    assert report["bound"][0]["tokens_per_second"] > 0 and "tokens/s of generate" in printed

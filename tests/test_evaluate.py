@@ -41,7 +41,7 @@ def test_evaluation_writes_one_schema(run):
     assert list(result) == SCHEMA
     assert json.loads((run.path / "eval" / "test-best.json").read_text()) == result == json.loads((run.path / "metrics.json").read_text())
     assert (result["task"], result["model"], result["checkpoint"], result["split"]) == ("copy_reverse", "lot", "best", "test")
-    assert result["seed"] == 3 and result["backends"] == {"kuramoto_scan": "native" if native.LIBRARY else "torch"}
+    assert result["seed"] == 3 and result["backends"] == dict.fromkeys(("kuramoto_scan", "decode"), "native" if native.LIBRARY else "torch")
     assert set(result["metrics"]) == set("ce_loss token_accuracy exact_match exact_match_free sync diversity mean_sync_order".split())
     assert result["by_length"] == {"8": result["metrics"], "16": "not applicable (max_len 8)"}
     assert result["by_position"][:4] == [None] * 4 and all(0 <= value <= 1 for value in result["by_position"][4:])

@@ -125,7 +125,7 @@ def test_without_the_library_the_torch_backend_computes(monkeypatch, caplog):
 
 # What every op with a native backend keeps to, on its own small example and, where the layout of the work matters, on a larger one.
 
-NATIVE = [op for op in ops.every() if "native" in ops.ops()[op.name]]
+NATIVE = [op for op in ops.every() if "native" in ops.ops()[op.name] and op.name != "decode"]  # that one gives an iterator
 every_native_op = pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+import lab.models  # noqa: F401  (it has an op of its own, decode)
 from lab import compiler, memory, ops
 from lab.ops import native
 from lab.ops.backend import Backend, Op
@@ -69,7 +70,7 @@ def _difference(op: Op, chosen: Backend, device: str) -> float | str:
     try:
         with torch.device(device), torch.no_grad():
             arguments = op.example()
-            pairs = zip(*(pytree.tree_leaves(run(*arguments)) for run in (chosen.run, op.backends[-1].run)), strict=True)
+            pairs = zip(*(pytree.tree_leaves(op.result(run(*arguments))) for run in (chosen.run, op.backends[-1].run)), strict=True)
             differences = [(got - want).abs().max() / (want.abs().max() + 1e-30) for got, want in pairs]
             return float(torch.stack(differences).max())  # NaN if one is
     except Exception as error:  # whatever it is, it is what the reader wants to know

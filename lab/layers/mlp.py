@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab.ops.program import Program, Value
+
 
 class MLP(nn.Module):
     def __init__(self, d_model: int, d_ff: int) -> None:
@@ -13,3 +15,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
         return self.down(F.gelu(self.up(x)))
+
+    def program(self, p: Program, x: Value) -> Value:
+        return p.linear(self.down, p.apply("gelu", p.linear(self.up, x)))

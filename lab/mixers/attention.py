@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, check_at_least
+from lab.ops.program import Program, Value
 
 
 class Attention(Mixer):
@@ -47,6 +48,10 @@ class Attention(Mixer):
 
     def reserve(self, state: State, n: int) -> State:
         return reserve_cache(state, n)
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        q, k, v = (p.linear(layer, x) for layer in (self.q, self.k, self.v))
+        return p.linear(self.o, p.attend(q, k, v, state["k"], state["v"], self.d_head**-0.5))
 
 
 def cached_attention(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lab.ops.program import NotCompiled, Program, Value
+
 State: TypeAlias = Any
 """A pytree (dicts, lists, tuples) of tensors, each with the batch first: it can be reordered, sliced and saved."""
 
@@ -106,6 +108,11 @@ class Mixer(nn.Module, ABC):
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for `n` more tokens, so that "in_place" steps can write into it. States of fixed size need none."""
         return state
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        """One token, x of width D, as instructions of `p`, which continue `state`; the value that holds y. For decoding in C++
+        (lab/ops/program.py); a model with a mixer that has none decodes in PyTorch."""
+        raise NotCompiled(f"{type(self).__name__} has no program")
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Metrics that follow from the (averaged, unweighted) losses and deserve a name of their own."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, check_at_least
 from lab.mixers.slot import Slotted
+from lab.ops.program import Program, Value
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -35,7 +36,7 @@ class GatedMLP(Slotted):
         check_at_least("GatedMLP", 1, d_model=d_model, expand_factor=expand_factor)
         if activation not in ACTIVATIONS:
             raise ValueError(f"GatedMLP: activation={activation!r}; expected {', '.join(ACTIVATIONS)}")
-        self.activation = activation
+        self.activation: Literal["silu", "gelu", "relu"] = activation
         self.in_proj = nn.Linear(d_model, 2 * expand_factor * d_model)  # W_1, W_2
         self.put(ssm_layer, expand_factor * d_model)
         self.out_proj = nn.Linear(expand_factor * d_model, d_model)
@@ -49,6 +50,13 @@ class GatedMLP(Slotted):
             return Output(self.out_proj(a * b), {})
         out = self.inside(a, None if state is None else state["ssm"], lengths, want)
         return Output(self.out_proj(out.y * b), {"ssm": out.state}, out.losses, out.record)
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        both = p.apply(self.activation, p.linear(self.in_proj, x))
+        a, b = both.split(both.width // 2, both.width // 2)
+        if self.ssm is not None:
+            a = self.ssm.program(p, a, state["ssm"])
+        return p.linear(self.out_proj, p.multiply(a, b))
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         self.check_causal()

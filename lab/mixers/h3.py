@@ -23,6 +23,7 @@ from lab.mixers.base import Mixer, Output, State, check_at_least, state_type
 from lab.mixers.s4d import S4DLayer
 from lab.mixers.slot import Slotted
 from lab.ops import causal_conv
+from lab.ops.program import NotCompiled, Program, Value
 
 
 class H3Layer(Slotted):
@@ -64,6 +65,15 @@ class H3Layer(Slotted):
             after = {"shift": tail.to(state_type(tail.dtype), copy=True), "ssm": split(out.state, d * d)}
         record = self.inside(kv[:, 0, 0], None, lengths, want).record if "record" in want else {}
         return Output(self.out_proj(y.to(x.dtype)), after, out.losses, record)
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        if self.d_head > 1:
+            raise NotCompiled(f"H3Layer with d_head={self.d_head}, above 1, has no program")
+        assert self.ssm is not None
+        q, k, v = p.linear(self.in_proj, x).split(x.width, x.width, x.width)
+        k = p.add(p.conv(k, self.shift, None, state["shift"]), p.multiply(k, p.constant(self.D)))
+        S = self.ssm.program(p, p.multiply(k, v), merged(state["ssm"]))
+        return p.linear(self.out_proj, p.multiply(q, S))
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         self.check_causal()

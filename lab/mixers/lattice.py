@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lab.mixers.attention import Attention, cached_attention, empty_cache
 from lab.mixers.base import Output, State
 from lab.ops import kuramoto_scan
+from lab.ops.program import NOTHING, Program, Value
 
 Neighborhood = Literal["moore", "von_neumann"]
 Boundary = Literal["open", "periodic"]
@@ -144,6 +145,20 @@ class Lattice(Attention):
         if self.phase_mode == "wave":
             state["theta"] = self.theta0.to(state["k"].device).repeat(batch_size, 1)  # a copy: the buffer stays the model's
         return state
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        q, k, v = (p.linear(layer, x) for layer in (self.q, self.k, self.v))
+        keys, columns = state["k"], (NOTHING, NOTHING)
+        if self.phase_mode == "gain":
+            gain = 1 + self.alpha * self.phases(self.theta0, None, None)[1][0].cos()
+            q = p.multiply(q, p.constant(gain.repeat_interleave(self.d_head)))
+        elif self.phase_mode == "literal":
+            keys = keys[..., : self.d_head]  # the softmax cancels what the other columns add
+        else:
+            u = p.linear(self.drive, x) if self.drive is not None else NOTHING
+            pull = self.dt * self.kappa[:, None] * self.W
+            columns = p.oscillate(u, state["theta"], self.alpha, self.dt * self.omega, pull, self.dt)
+        return p.linear(self.o, p.attend(q, k, v, keys, state["v"], self.d_head**-0.5, *columns))
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"sync_order": 1 - losses["sync"]}

@@ -23,6 +23,7 @@ from lab.layers.hippo import InitMethod, eigenvalues
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.mixers.slot import Slotted
 from lab.ops import causal_conv, selective_scan
+from lab.ops.program import Program, Value
 
 
 class MambaLayer(Slotted):
@@ -97,6 +98,17 @@ class MambaLayer(Slotted):
         y, last = selective_scan(u, dt, A, B, C, self.D, z, h, lengths)
         record = {"eigenvalues": torch.stack([A, torch.zeros_like(A)], -1), "dt": dt[..., None], "B": B, "C": C} if "record" in want else {}
         return Output(y, last, record=record)
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        u, z = p.linear(self.in_proj, x).split(self.d_inner, self.d_inner)
+        u = p.apply("silu", p.conv(u, self.conv1d.weight[:, 0].T, self.conv1d.bias, state["conv"]))
+        if self.ssm is None:
+            delta, B, C = p.linear(self.x_proj, u).split(self.dt_rank, self.d_state, self.d_state)
+            dt = p.apply("softplus", p.linear(self.dt_proj, delta))
+            y = p.scan(u, dt, -self.A_log.exp(), B, C, self.D, state["h"])
+        else:
+            y = self.ssm.program(p, u, state["ssm"])
+        return p.linear(self.out_proj, p.multiply(y, p.apply("silu", z)))
 
     @property
     def time_step_bias(self) -> nn.Parameter | None:

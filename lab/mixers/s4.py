@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lab.layers.dplr import Dplr
 from lab.layers.hippo import InitMethod, low_rank
-from lab.mixers.base import at_least_float32
+from lab.mixers.base import State, at_least_float32
 from lab.mixers.state_space import LongConvolution, learn_slowly
 from lab.ops.backend import exporting
+from lab.ops.program import Program, Value
 
 
 class S4Layer(LongConvolution):
@@ -85,6 +86,10 @@ class S4Layer(LongConvolution):
     def kernels(self, length: int) -> list[Tensor]:
         """(D, length) for each direction: y - D u for a unit impulse."""
         return list(self.discrete().kernels(at_least_float32(self.C), length))
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        A = self.discrete()
+        return self.mixed(p, p.dplr(x, A.d, A.right, A.left, A.b, self.C[0], self.D, state["h"]))
 
     def record(self, length: int) -> dict[str, Tensor]:
         Lambda, dt = self.continuous()

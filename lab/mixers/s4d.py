@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lab.layers.hippo import InitMethod, eigenvalues
-from lab.mixers.base import at_least_float32
+from lab.mixers.base import State, at_least_float32
 from lab.mixers.state_space import LongConvolution, learn_slowly
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
+from lab.ops.program import Program, Value
 
 CHUNK = 256  # tokens whose states (B, CHUNK, D, n, 2) a prefill holds at once
 
@@ -111,6 +112,10 @@ class S4DLayer(LongConvolution):
             left = None if lengths is None else (lengths - i * CHUNK).clamp(0, part.shape[1])
             _, h = linear_recurrence(decay, inputs, h, left)
         return h.unflatten(1, w.shape[:2]).clone()  # not a view of the states of a whole chunk
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        w, b = self.discrete()
+        return self.mixed(p, p.state_space(x, exp(w), b, self.C[0], self.D, state["h"]))
 
 
 def read(C: Tensor, h: Tensor) -> Tensor:

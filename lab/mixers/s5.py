@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lab.layers.hippo import InitMethod, diagonalise, eigenvalues
-from lab.mixers.base import at_least_float32, check_at_least
+from lab.mixers.base import State, at_least_float32, check_at_least
 from lab.mixers.state_space import StateSpace, learn_slowly, reversed_rows
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.complex import divide, exp, expm1, multiply
+from lab.ops.program import Program, Value
 
 
 class S5Layer(StateSpace):
@@ -102,3 +103,14 @@ class S5Layer(StateSpace):
         into = multiply(b, at_least_float32(self.B).transpose(0, 1))  # (D, P, 2)
         kernel = torch.stack([ssm_kernel(w.expand_as(into), multiply(C, into), length) for C in at_least_float32(self.C)])
         return {"eigenvalues": A[None], "dt": dt[None], "kernel": kernel}
+
+    def program(self, p: Program, x: Value, state: State) -> Value:
+        w, b = self.discrete()
+        into = multiply(b[:, None], self.B)  # (P, D, 2)
+        h = p.rotate(p.linear(torch.cat([into[..., 0], into[..., 1]]), x), exp(w), state["h"])
+        y = p.linear(2 * torch.cat([self.C[0, ..., 0], -self.C[0, ..., 1]], 1), h)
+        y = p.add(y, p.multiply(x, p.constant(self.D)))
+        if self.gate is None:
+            return y
+        g = p.apply("gelu", y)
+        return p.multiply(g, p.apply("sigmoid", p.linear(self.gate, g)))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import fft_conv
+from lab.ops.program import Program, Value
 
 
 class StateSpace(Mixer):
@@ -83,6 +84,13 @@ class LongConvolution(StateSpace):
     def mix_channels(self, g: Tensor) -> Tensor:
         assert self.out is not None
         return F.glu(self.out(self.dropout(g)))
+
+    def mixed(self, p: Program, y: Value) -> Value:
+        """What follows y in a program."""
+        if self.out is None:
+            return y
+        value, gate = p.linear(self.out, p.apply("gelu", y)).split(y.width, y.width)
+        return p.multiply(value, p.apply("sigmoid", gate))
 
 
 def learn_slowly(*parameters: nn.Parameter) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lab.mixers.base import Output, State
+from lab.models.decoding import decode
 from lab.models.sampling import check_sampling, choose
+from lab.ops.program import NotCompiled, Program, Value
 
 
 class SequenceModel(nn.Module, ABC):
@@ -53,6 +56,10 @@ class SequenceModel(nn.Module, ABC):
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for n more tokens, which "in_place" steps fill. `generate` and `stream` call it once."""
         return state
+
+    def program(self, p: Program, state: State) -> Value:
+        """One token through the model as instructions of `p`, which continue `state`; the value that holds the logits."""
+        raise NotCompiled(f"{type(self).__name__} has no program")
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Metrics that follow from the unweighted losses, as {"sync_order": 1 - losses["sync"]}."""
@@ -185,19 +192,16 @@ class SequenceModel(nn.Module, ABC):
         if max_new_tokens == 0:
             return
         out = self(prompt, lengths=lengths, want=("state", "last"))
-        last, state = out.y[:, 0], self.reserve(out.state, max_new_tokens - 1)
+        pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator) if temperature else None
         stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-        for n in range(max_new_tokens):
-            token = choose(last, temperature, top_k, top_p, generator)
+        for token in decode(self, out.state, out.y[:, 0], max_new_tokens, pick):
             if stop_token is None:
                 yield token
-            else:
-                yield token.masked_fill(stopped, pad_token)
-                stopped = stopped | (token == stop_token)
-            if n + 1 == max_new_tokens or (stop_token is not None and bool(stopped.all())):
+                continue
+            yield token.masked_fill(stopped, pad_token)  # a stopped row goes on unseen: pad_token may be no token
+            stopped = stopped | (token == stop_token)
+            if bool(stopped.all()):
                 return
-            out = self(token[:, None], state, want=("state", "in_place"))  # a stopped row goes on unseen: pad_token may be no token
-            last, state = out.y[:, 0], out.state
 
     def check_length(self, length: int, what: str) -> None:
         if self.max_len is not None and length > self.max_len:

@@ -20,6 +20,7 @@ from lab.layers import MLP, Embedding
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
+from lab.ops.program import NotCompiled, Program, Value
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -41,6 +42,12 @@ class Block(nn.Module):
         if self.mlp is not None and self.norm2 is not None:
             x = x + self.dropout(self.mlp(self.norm2(x)))
         return mixed._replace(y=x) if want else x
+
+    def program(self, p: Program, x: Value, state: State) -> None:
+        """One token; x is changed in place."""
+        p.add(x, self.mixer.program(p, p.norm(self.norm1, x), state), onto=x)
+        if self.mlp is not None and self.norm2 is not None:
+            p.add(x, self.mlp.program(p, p.norm(self.norm2, x)), onto=x)
 
 
 class Stack(SequenceModel):
@@ -172,6 +179,15 @@ class Stack(SequenceModel):
     def reserve(self, state: State, n: int) -> State:
         layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
         return state | {"layers": layers}
+
+    def program(self, p: Program, state: State) -> Value:
+        if isinstance(self.embedding, nn.Identity):
+            raise NotCompiled("a Stack without vocab_size has no tokens to decode")
+        x = p.embed(self.embedding, self.position)
+        for block, layer in zip(self.blocks, state["layers"], strict=True):
+            with p.scratch():
+                cast(Block, block).program(p, x, layer)
+        return p.linear(cast(nn.Linear, self.head), p.norm(self.norm, x))
 
     @property
     def mixers(self) -> list[Mixer]:
