@@ -87,8 +87,8 @@ def test_without_a_vocabulary_it_maps_floats(name):
         torch.testing.assert_close(one, want[:, t], rtol=1e-4, atol=1e-5)
     assert model.step(x[:, 0], model.init_state(2))[0].shape == (2, 32)
     torch.testing.assert_close(model(x, lengths=torch.tensor([9, 3]))[1, :3], want[1, :3], rtol=1e-4, atol=1e-5)
-    for tokens in (torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9)):
-        with pytest.raises(ValueError, match=r"Stack without vocab_size takes floats \(B, L, d_model\), got torch"):
+    for tokens in (torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9), torch.zeros(2, 9, 33)):
+        with pytest.raises(ValueError, match=r"Stack without vocab_size takes floats \(B, L, 32\), got torch"):
             model(tokens)
 
 

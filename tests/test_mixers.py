@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lab.mixers import Attention, Lattice, Mixer, Output
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, Mixer, Output, S4DLayer
+from lab.models import Stack
 
 MIXERS = [Attention, Lattice]
 
@@ -49,6 +53,26 @@ def test_want_is_checked():
     for want in ("state", ("states",), ("state", "loss")):
         with pytest.raises(ValueError, match="expected a tuple with names out of state, losses, record, in_place"):
             Attention(16, n_heads=4)(sequence(), want=want)
+
+
+@pytest.mark.parametrize("make", [partial(Attention, n_heads=2), MambaLayer, S4DLayer, partial(H3Layer, d_head=2), GatedMLP])
+def test_the_input_is_checked(make):
+    layer = make(16)
+    for shape in ((2, 10, 8), (10, 16)):
+        with pytest.raises(ValueError, match=rf"{type(layer).__name__}: x must be \(B, L, 16\), got {re.escape(str(shape))}$"):
+            layer(torch.zeros(shape))
+
+
+def test_tokens_and_lengths_are_checked():
+    model, tokens = Stack(5, 16, 1, MambaLayer, position="none"), torch.zeros(2, 10, dtype=torch.long)
+    for token in (5, -1):
+        with pytest.raises(ValueError, match=rf"^Stack: token {token} is not in the vocabulary, 0\.\.4$"):
+            model.generate(tokens + token, 3)
+    for lengths in ([3, 11], [-1, 3]):
+        with pytest.raises(ValueError, match=r"must lie in 0\.\.10, the length of the batch$"):
+            model(tokens, lengths=torch.tensor(lengths))
+    with pytest.raises(ValueError, match=r"lengths has shape \(1,\); expected \(2,\), one per row"):
+        model(tokens, lengths=torch.tensor([3]))
 
 
 def test_attention_against_torch():

@@ -25,7 +25,7 @@ class Attention(Mixer):
         check_at_least("Attention", 1, d_model=d_model, n_heads=n_heads)
         if d_model % n_heads:
             raise ValueError(f"Attention: d_model={d_model} must be a multiple of n_heads={n_heads}")
-        self.n_heads = n_heads
+        self.d_model, self.n_heads = d_model, n_heads
         self.d_head = d_model // n_heads
         self.dropout = dropout
         # No biases: one on k adds the same number to all scores of a query, which the softmax cancels.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lab.ops.backend import recording
 from lab.ops.program import NotCompiled, Program, Value
 
 State: TypeAlias = Any
@@ -67,6 +68,7 @@ class Mixer(nn.Module, ABC):
 
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that `want=("losses",)` returns
     causal: bool = True  # False: y depends on later tokens too, so there is no state, no step and no next-token task
+    d_model: int | None = None  # D, where x should be checked
 
     def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
         """x (B, L, D), lengths (B,) real tokens of each right-padded row (None: all) -> y (B, L, D), or an Output with `want`.
@@ -75,6 +77,8 @@ class Mixer(nn.Module, ABC):
         mixer to write into the tensors of `state`: only for a caller that made the state and gives it up.
         """
         check_want(want)
+        if self.d_model is not None and not recording() and (x.ndim != 3 or x.shape[-1] != self.d_model):
+            raise ValueError(f"{type(self).__name__}: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
         if "state" in want:
             self.check_causal()
         out = self.mix(x, state, lengths, want)

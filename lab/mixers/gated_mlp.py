@@ -36,6 +36,7 @@ class GatedMLP(Slotted):
         check_at_least("GatedMLP", 1, d_model=d_model, expand_factor=expand_factor)
         if activation not in ACTIVATIONS:
             raise ValueError(f"GatedMLP: activation={activation!r}; expected {', '.join(ACTIVATIONS)}")
+        self.d_model = d_model
         self.activation: Literal["silu", "gelu", "relu"] = activation
         self.in_proj = nn.Linear(d_model, 2 * expand_factor * d_model)  # W_1, W_2
         self.put(ssm_layer, expand_factor * d_model)

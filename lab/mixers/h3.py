@@ -35,7 +35,7 @@ class H3Layer(Slotted):
         check_at_least("H3Layer", 1, d_model=d_model, d_head=d_head, d_state=d_state)
         if d_model % d_head:
             raise ValueError(f"H3Layer: d_model={d_model} must be a multiple of d_head={d_head}")
-        self.d_head = d_head
+        self.d_model, self.d_head = d_model, d_head
         self.in_proj = nn.Linear(d_model, 3 * d_model)  # q, k, v
         self.shift = nn.Parameter(torch.empty(d_state, d_model))  # w_{N-1} .. w_0
         self.D = nn.Parameter(torch.empty(d_model))  # D_k; that of S is the state space's own

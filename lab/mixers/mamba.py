@@ -47,7 +47,7 @@ class MambaLayer(Slotted):
         super().__init__()
         check_at_least("MambaLayer", 1, d_model=d_model, d_state=d_state, expand_factor=expand_factor, d_conv=d_conv, n_layers=n_layers)
         check_time_steps("MambaLayer", dt_min, dt_max)
-        self.d_inner, self.d_state, self.d_conv = expand_factor * d_model, d_state, d_conv
+        self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, expand_factor * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         check_at_least("MambaLayer", 1, dt_rank=self.dt_rank)
         self.init_method, self.dt_min, self.dt_max, self.n_layers = init_method, dt_min, dt_max, n_layers

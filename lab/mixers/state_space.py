@@ -32,7 +32,8 @@ class StateSpace(Mixer):
         super().__init__()
         check_at_least(type(self).__name__, 1, d_model=d_model)
         check_time_steps(type(self).__name__, dt_min, dt_max, rate)
-        self.dt_min, self.dt_max, self.rate, self.bidirectional, self.mixing = dt_min, dt_max, rate, bidirectional, mixing
+        self.d_model, self.dt_min, self.dt_max, self.rate = d_model, dt_min, dt_max, rate
+        self.bidirectional, self.mixing = bidirectional, mixing
         self.causal = not bidirectional
 
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:

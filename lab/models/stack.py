@@ -91,6 +91,7 @@ class Stack(SequenceModel):
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
+        self.d_model = d_model
         self.max_len = max_len if position == "learned" else None
         self.embedding = nn.Identity() if vocab_size is None else Embedding(vocab_size, d_model)
         self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
@@ -116,6 +117,8 @@ class Stack(SequenceModel):
         check_want(want)
         if source is not None:
             raise ValueError("Stack is a decoder without cross-attention: it takes no source")
+        if lengths is not None and not recording():
+            check_lengths(lengths, tokens)
         x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
         layers = [None] * len(self.blocks) if state is None else state["layers"]
         outputs = []
@@ -133,9 +136,14 @@ class Stack(SequenceModel):
 
     def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
         """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D)"""
-        if isinstance(self.embedding, nn.Identity) and (tokens.ndim != 3 or not tokens.is_floating_point()):
-            raise ValueError(f"Stack without vocab_size takes floats (B, L, d_model), got {tokens.dtype} {tuple(tokens.shape)}")
-        x = self.embedding(tokens)
+        if isinstance(self.embedding, nn.Identity) and not recording():
+            if tokens.ndim != 3 or not tokens.is_floating_point() or tokens.shape[-1] != self.d_model:
+                raise ValueError(f"Stack without vocab_size takes floats (B, L, {self.d_model}), got {tokens.dtype} {tuple(tokens.shape)}")
+        try:
+            x = self.embedding(tokens)
+        except IndexError:  # of the CPU; a GPU ends the process by itself
+            low, high, most = int(tokens.min()), int(tokens.max()), cast(Embedding, self.embedding).num_embeddings - 1
+            raise ValueError(f"Stack: token {low if low < 0 else high} is not in the vocabulary, 0..{most}") from None
         if self.position is None:
             return x
         length = tokens.shape[1]
@@ -195,6 +203,15 @@ class Stack(SequenceModel):
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
+
+
+def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
+    """ValueError for lengths that are not one of 0 .. L for each row; on a GPU, which a look at them would stall, only for their number."""
+    B, L = tokens.shape[:2]
+    if lengths.shape != (B,):
+        raise ValueError(f"Stack: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
+    if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
+        raise ValueError(f"Stack: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
 
 
 def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:
