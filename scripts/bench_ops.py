@@ -108,7 +108,7 @@ def cases(quick: bool, compiled: bool = False) -> list[Case]:
         ),
         Case(
             "linear_recurrence, real",
-            **recurrence(4, L, 128 // s),
+            **recurrence(1, L, 128 // s),
             peers={"Python loop": bench_peers.plain_loop, "FFT": bench_peers.by_fft, "chunked matmul": bench_peers.by_matmul},
         ),
         Case(
