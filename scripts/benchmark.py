@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -154,7 +155,7 @@ def report(lists: dict[str, list[Row]], threads: int) -> dict[str, Any]:
     from lab.ops import native
 
     return {
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": {
             "cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__,
