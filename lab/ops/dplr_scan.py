@@ -7,8 +7,8 @@ given rather than A', as it is small where the time step is: 1 + d would lose it
 (arXiv:2111.00396, appendix C.3), O(n r) for a token and channel.
 
 Backends
-    native     C++, the states of WIDTH channels side by side, and CUDA, a few states of a channel to a thread; those inside a chunk computed
-               again in the backward pass (csrc/*/dplr_scan*).
+    native     C++, the states of WIDTH channels side by side, and CUDA, a few states of a channel in a thread. Those inside a chunk are
+               computed again in the backward pass (csrc/*/dplr_scan*).
     torch      chunks of 64 tokens as matrix products, the powers of A' by squaring. While exporting, a loop of free length.
     reference  the formula in a plain loop.
 """
@@ -172,9 +172,7 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.jit.script(loop)
 
 
-def supports(
-    u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
-) -> str | None:
+def supports(u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None) -> str | None:
     reason = native.why_not(u, h0, d, right, left, b, C)
     if reason is None and u.is_cuda and (d.shape[1] > MOST_PAIRS[u.dtype] or len(right) > HIGHEST_RANK):
         return f"on a GPU it takes {MOST_PAIRS[u.dtype]} pairs of {u.dtype} and rank {HIGHEST_RANK}, which fit into a block"
