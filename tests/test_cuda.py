@@ -241,8 +241,9 @@ def test_what_a_gpu_does_not_take_is_a_reason(monkeypatch):
         supports = DPLR_SCAN.backends[0].supports
         assert supports(*DPLR_SCAN.example()) is None
         for pairs, rank in ((257, 1), (3, 5)):
-            low, state = torch.empty(rank, 2, pairs, 2).double(), torch.empty(2, pairs, 2).double()
-            reason = supports(torch.empty(1, 4, 2).double(), state[None], state, low, low, state, state, None)
+            state, low = (2, pairs, 2), (rank, 2, pairs, 2)
+            sizes = (1, 4, 2), (1, *state), state, low, low, state, state
+            reason = supports(*(torch.empty(size, dtype=torch.float64) for size in sizes), None)
             assert reason == "on a GPU it takes 256 pairs of torch.float64 and rank 4, which fit into a block"
         assert native.why_not(torch.empty(2), torch.empty(2, device="cpu")) == "its tensors are on cuda:0 and cpu"
         assert native.why_not(torch.empty(2, dtype=torch.half)).startswith("torch.float16 is not among ")
