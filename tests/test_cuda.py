@@ -11,19 +11,17 @@ import pytest
 import torch
 from op_checks import compare, numbers
 from test_native import NATIVE, example, larger, results, same
-from test_s4 import poles
+from test_s4 import poles, scanned, system
 from test_scans import recurrence_inputs, scan_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab import compiler
-from lab.ops import cauchy_kernel, causal_conv, fft_conv, kuramoto_scan, linear_recurrence, native, selective_scan, ssm_kernel
-from lab.ops.dplr_scan import DPLR_SCAN
+from lab.ops import cauchy_kernel, causal_conv, dplr_scan, fft_conv, kuramoto_scan, linear_recurrence, native, selective_scan, ssm_kernel
+from lab.ops.dplr_scan import DPLR_SCAN, HIGHEST_RANK, MOST_PAIRS
 from lab.ops.fft_conv import FFT_CONV
 
 SOURCES = [file for file in compiler.cuda_sources() if file.suffix == ".cu"]
 has_compiler = pytest.mark.skipif(compiler.compiler_version() is None, reason=f"there is no C++ compiler {compiler.compiler()!r} here")
-
-ON_A_GPU = [op for op in NATIVE if op.name != "dplr_scan"]  # which has no CUDA kernel, and says so
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +101,25 @@ def test_cauchy_kernel(on_the_host, H, R, N, L, dtype):
 
 @has_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize(
+    ("B", "L", "D", "n", "r"),
+    [(1, 1, 1, 1, 1), (2, 0, 3, 2, 1), (0, 4, 3, 2, 1), (3, 33, 37, 3, 2), (2, 32, 17, 33, 1), (3, 50, 3, 7, 4), (1, 3, 2, 129, 3)],
+)
+def test_dplr_scan(on_the_host, B, L, D, n, r, ragged, dtype):
+    compare(dplr_scan, "native", system(B, L, D, n, r, dtype), dtype, call=scanned(B, L, ragged))
+
+
+@has_compiler
+def test_dplr_scan_takes_what_it_says(on_the_host):
+    for dtype, pairs in MOST_PAIRS.items():
+        compare(dplr_scan, "native", system(1, 2, 1, pairs, HIGHEST_RANK, dtype), dtype)
+        with pytest.raises(AssertionError, match=r"^1\b"):  # the launch is refused
+            dplr_scan(*system(1, 2, 1, pairs + 4, 1, dtype))
+
+
+@has_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("shape", "taps"), [((1, 1, 1), 1), ((2, 0, 3), 0), ((0, 4, 3), 4), ((3, 16, 5), 9), ((2, 17, 40), 17), ((2, 300, 3), 300)], ids=str
 )
@@ -131,7 +148,7 @@ def test_kuramoto_scan(on_the_host, shape, dtype):
 
 
 @has_compiler
-@pytest.mark.parametrize("op", ON_A_GPU, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
 @pytest.mark.parametrize("arguments", [example, larger])
 def test_no_thread_waits_for_another_one_before_a_barrier(on_the_host, op, arguments):
     args = arguments(op)
@@ -160,7 +177,7 @@ def functions(files, last):
 def test_every_native_op_has_a_launcher_like_its_twin_on_the_cpu():
     twins = functions((compiler.ROOT / "csrc" / "cpu").glob("*.cpp"), "threads")
     launchers = functions(SOURCES, "stream")
-    for op in ON_A_GPU:
+    for op in NATIVE:
         for name in (op.name, f"{op.name}_backward"):
             assert launchers[name] == twins[name]
             assert {"float32", "float64"} <= launchers[name][1]
@@ -221,7 +238,13 @@ def test_what_a_gpu_does_not_take_is_a_reason(monkeypatch):
             assert supports(torch.empty(1, longest, 2, dtype=dtype), torch.empty(2, longest, dtype=dtype), None) is None
             reason = supports(torch.empty(1, longest + 1, 2, dtype=dtype), torch.empty(2, 5, dtype=dtype), None)
             assert reason.startswith(f"on a GPU it takes {longest} steps of {dtype}, which fit ")
-        assert DPLR_SCAN.backends[0].supports(*DPLR_SCAN.example()).startswith("there is no CUDA kernel of it")
+        supports = DPLR_SCAN.backends[0].supports
+        assert supports(*DPLR_SCAN.example()) is None
+        for pairs, rank in ((257, 1), (3, 5)):
+            state, low = (2, pairs, 2), (rank, 2, pairs, 2)
+            sizes = (1, 4, 2), (1, *state), state, low, low, state, state
+            reason = supports(*(torch.empty(size, dtype=torch.float64) for size in sizes), None)
+            assert reason == "on a GPU it takes 256 pairs of torch.float64 and rank 4, which fit into a block"
         assert native.why_not(torch.empty(2), torch.empty(2, device="cpu")) == "its tensors are on cuda:0 and cpu"
         assert native.why_not(torch.empty(2, dtype=torch.half)).startswith("torch.float16 is not among ")
     monkeypatch.setattr(native, "CUDA", None)

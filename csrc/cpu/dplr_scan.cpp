@@ -202,6 +202,7 @@ void backward(const Call<T>& call, const T* gy, const T* glast, T* gu, T* gh0, T
 
 }  // namespace
 
+// Of each row come gd, gright, gleft, gb and gC; the caller adds them up. starts is null: a task keeps the states of its own tile.
 #define DEFINE(NAME, T)                                                                                                                   \
   EXPORT void dplr_scan_##NAME(                                                                                                           \
       const T* u, const T* h0, const T* d, const T* right, const T* left, const T* b, const T* C, const T* ends, T* y, T* last, int64_t B, \
@@ -210,8 +211,8 @@ void backward(const Call<T>& call, const T* gy, const T* glast, T* gu, T* gh0, T
   }                                                                                                                                       \
   EXPORT void dplr_scan_backward_##NAME(                                                                                                  \
       const T* gy, const T* glast, const T* u, const T* h0, const T* d, const T* right, const T* left, const T* b, const T* C,            \
-      const T* ends, T* gu, T* gh0, T* gd, T* gright, T* gleft, T* gb, T* gC, int64_t B, int64_t L, int64_t D, int64_t N, int64_t R,      \
-      int64_t threads) {                                                                                                                  \
+      const T* ends, T* starts, T* gu, T* gh0, T* gd, T* gright, T* gleft, T* gb, T* gC, int64_t B, int64_t L, int64_t D, int64_t N,      \
+      int64_t R, int64_t threads) {                                                                                                       \
     backward<T>({u, h0, d, right, left, b, C, ends, B, L, D, N, R, threads}, gy, glast, gu, gh0, gd, gright, gleft, gb, gC);              \
   }
 

@@ -7,8 +7,8 @@ given rather than A', as it is small where the time step is: 1 + d would lose it
 (arXiv:2111.00396, appendix C.3), O(n r) for a token and channel.
 
 Backends
-    native     C++, the states of WIDTH channels side by side, those inside a chunk computed again in the backward pass
-               (csrc/cpu/dplr_scan.cpp).
+    native     C++, the states of WIDTH channels side by side, and CUDA, a few states of a channel in a thread. Those inside a chunk are
+               computed again in the backward pass (csrc/*/dplr_scan*).
     torch      chunks of 64 tokens as matrix products, the powers of A' by squaring. While exporting, a loop of free length.
     reference  the formula in a plain loop.
 """
@@ -28,6 +28,7 @@ from lab.ops.backend import Backend, Op, differentiable_once, exporting
 from lab.ops.complex import conjugate, dot, multiply
 
 CHUNK = 6  # log2 of the tokens in a chunk of the torch backend
+MOST_PAIRS, HIGHEST_RANK = {torch.float32: 512, torch.float64: 256}, 4  # that csrc/cuda/dplr_scan.cu takes
 
 
 def dplr_scan(
@@ -171,11 +172,18 @@ def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.jit.script(loop)
 
 
-def supports(*args: Tensor | None) -> str | None:
-    u = args[0]
-    if u is not None and u.is_cuda:
-        return "there is no CUDA kernel of it: the torch backend is made of matrix products"
-    return native.why_not(*args[:-1])
+def supports(u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None) -> str | None:
+    reason = native.why_not(u, h0, d, right, left, b, C)
+    if reason is None and u.is_cuda and (d.shape[1] > MOST_PAIRS[u.dtype] or len(right) > HIGHEST_RANK):
+        return f"on a GPU it takes {MOST_PAIRS[u.dtype]} pairs of {u.dtype} and rank {HIGHEST_RANK}, which fit into a block"
+    return reason
+
+
+def native_starts(u: Tensor, n: int) -> Tensor | None:
+    """Memory for the CUDA kernel's backward pass, which keeps the state of every 16th step. The C++ kernel, in vectors wider than 1, keeps
+    those of one tile at a time, by itself."""
+    B, L, D = u.shape
+    return u.new_empty(B, D, -(-L // 16), n, 2) if native.width(u) == 1 else None
 
 
 def native_backend(
@@ -210,7 +218,8 @@ def backward_op(
     gu, gh0 = torch.empty_like(args[2]), torch.empty_like(args[3])
     shared = [u.new_empty(B, *t.shape) for t in (d, right, left, b, C)]  # one for each row
     sizes = *u.shape, d.shape[1], right.shape[0]
-    native.call("dplr_scan_backward", u.dtype, *args, gu, gh0, *shared, *sizes, work=u.numel() * d.shape[1] * 80)
+    starts = native_starts(u, d.shape[1])
+    native.call("dplr_scan_backward", u.dtype, *args, starts, gu, gh0, *shared, *sizes, work=u.numel() * d.shape[1] * 80)
     return gu, gh0, *(g.sum(0) for g in shared)  # type: ignore[return-value]
 
 
