@@ -236,6 +236,8 @@ REASONS = [
     (adapted, "Adapted stands where Linear is expected"),
     (replaced, r"blocks.0 \(Block\) has a forward of its own"),
     (lambda model: model.double(), "torch.float64 is not among torch.float32"),
+    (lambda model: setattr(model.blocks[0].mixer, "mix", model.blocks[0].mixer.mix), "has a mix of its own"),
+    (lambda model: setattr(model, "dropout", nn.Tanh().eval()), "Tanh stands where Dropout is expected"),
 ]
 
 
@@ -248,6 +250,46 @@ def test_what_only_the_model_can_do(change, reason):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3)
     model.generate(torch.zeros(1, 2, dtype=torch.long), 3)
     assert ops.used()["decode"] == "torch"
+
+
+@built
+def test_a_part_without_a_program():
+    model = make("attention")
+    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp.up, nn.ReLU(), model.blocks[0].mlp.down).eval()
+    assert continuation(model).program == "Sequential has no program"
+    assert model.generate(torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 5)
+
+
+@built
+def test_hooks_of_all_modules_see_every_step():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        make("mamba").generate(torch.zeros(1, 2, dtype=torch.long), 3)
+    finally:
+        handle.remove()
+    assert ops.used()["decode"] == "torch" and sum(isinstance(module, Stack) for module in seen) == 3
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    """The kernel gets addresses: an arena of another dtype would be too small, or misread."""
+    model, prompt = make("mamba"), torch.zeros(2, 3, dtype=torch.long)
+    want = model.generate(prompt, 20)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(model.generate(prompt, 20), want) and ops.used()["decode"] == "native"
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_no_rows_and_other_integers():
+    model = make("attention")
+    assert model.generate(torch.zeros(0, 3, dtype=torch.long), 5).shape == (0, 8)
+    out = model.generate(torch.zeros(2, 3, dtype=torch.int32), 5)
+    assert out.dtype == torch.int32 and torch.equal(out.long(), model.generate(torch.zeros(2, 3, dtype=torch.long), 5))
 
 
 @built

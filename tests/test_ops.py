@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lab import ops
+from lab.config import compose
 from lab.mixers import Lattice
 from lab.models import Stack, initialise
 from lab.ops import backend, kuramoto_scan, native, use
@@ -299,3 +300,7 @@ def test_unknown_names_are_errors():
         pass
     kuramoto_scan(*inputs(1, 1, 1), 0.1)
     assert ops.used()["kuramoto_scan"] == BACKENDS[0], "a failed choice left something behind"
+
+
+def test_the_config_lists_every_op():
+    assert set(compose([]).config["ops"]) == set(ops.ops())

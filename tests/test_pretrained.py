@@ -143,8 +143,8 @@ def test_a_config_without_what_transformers_takes_for_granted(folder, tmp_path):
         ({"use_bias": True}, "config.json: use_bias is True; .* whose use_bias is False"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; .* is 'silu'"),
         ({"hidden_size": 32}, r"backbone.embeddings.weight is \(40, 24\) in the weights, and by config.json it must be \(40, 32\)"),
-        ({"num_hidden_layers": 3}, r"the weights lack backbone.layers.2.norm.weight \(24,\), which config.json speaks of"),
-        ({"num_hidden_layers": 1}, r"the weights have backbone.layers.1.* which a Mamba model of this config.json does not have"),
+        ({"num_hidden_layers": 3}, "config.json: num_hidden_layers is 3, the weights are of 2 layers"),
+        ({"num_hidden_layers": 20000}, "config.json: num_hidden_layers is 20000, the weights are of 2 layers"),
         ({"hidden_size": "24"}, "config.json: Stack: d_model='24' must be an integer"),
         ({"hidden_size": 65536}, r"backbone.embeddings.weight is \(40, 24\)"),
         ({"layer_norm_epsilon": -1}, "config.json: Stack: norm_eps=-1 must be above 0"),
@@ -156,6 +156,34 @@ def test_what_cannot_be_represented_is_one_sentence(config, sentence, folder, tm
     with pytest.raises(ConfigError, match=sentence) as error:
         lab.load_pretrained(changed(folder, tmp_path / "changed", **config))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda tensors: tensors.pop("backbone.norm_f.weight"),
+            r"the weights lack backbone.norm_f.weight \(24,\), which config.json speaks of",
+        ),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), r"the weights have extra \(1,\), which a Mamba model of this config.json"),
+        (
+            lambda tensors: tensors.update({"backbone.embedding.weight": torch.ones(40, 24)}),
+            "has backbone.embeddings.weight, which is there already",
+        ),
+        (
+            lambda tensors: tensors.update({"backbone.norm_f.weight": torch.ones(24, dtype=torch.int8)}),
+            "backbone.norm_f.weight holds I8; load_pretrained reads F32, F16, BF16, F64, no quantised weights",
+        ),
+    ],
+    ids=["lacks one", "has one more", "has one twice", "quantised"],
+)
+def test_weights_that_do_not_fit(change, sentence, folder, tmp_path):
+    broken = changed(folder, tmp_path / "changed")
+    tensors = load_file(broken / "model.safetensors")
+    change(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=sentence):
+        lab.load_pretrained(broken)
 
 
 def test_folders_that_lack_something(folder, tmp_path):

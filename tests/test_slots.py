@@ -278,7 +278,10 @@ def test_a_slot_takes_what_create_model_takes():
             ["model=h3_attention", "ssm_layer=s5"],
             "ssm_layer=s5 (command line): no defaults list has ssm_layer; did you mean ssm_layer@model.mixer.h3.ssm_layer=s5?",
         ),
-        (["model=lot", "ssm_layer=s5"], "ssm_layer=s5 (command line): no defaults list has ssm_layer"),
+        (
+            ["model=lot", "ssm_layer=s5"],
+            "ssm_layer=s5 (command line): no defaults list has ssm_layer: nothing that is chosen has a place for it",
+        ),
         (
             ["model.mixer.d_hed=2"],
             "model.mixer.d_hed (command line): lab.mixers.H3Layer has no such argument; did you mean model.mixer.d_head?",

@@ -142,7 +142,7 @@ EXPORT int64_t decode_pack_float32(const float* w, char* packed, float* scale, i
     float top = 0;
     for (int64_t lane = 0; lane < W; lane++) top = std::max(top, largest[lane]);
     const float mean = sum<float>(total) / K;
-    if (!(top <= OUTLIER * mean) || !(top < 1e30f) || (top > 0 && top < 1e-30f)) return 1;  // NaN as well
+    if (!(top <= OUTLIER * mean) || !(top < 1e30f) || (top > 0 && top < 1e-28f)) return 1;  // NaN as well
     scale[n] = top / LARGEST / 256;  // the lowest byte of a number is 0 as the kernel reads it
   }
   const int64_t bytes = (K + 1) / 2 * PAIR;

@@ -103,7 +103,9 @@ class Library(ConfigRepository):
             key = unknown[1]
             near = unknown[2] or nearest(key, [_key(line) for _, line in self._lines() if not line.is_override()])
             if (option := request.choices.get(key)) is not None:
-                end = f"no defaults list has {key}" + (f"; did you mean {near}={option}?" if near else "")
+                end = f"no defaults list has {key}" + (
+                    f"; did you mean {near}={option}?" if near else ": nothing that is chosen has a place for it"
+                )
                 return ConfigError(f"{key}={option} ({SHELL}): {end}")
             for where, line in self._lines():
                 if _key(line) == key and line.is_override():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, check_at_least
+from lab.ops.backend import without_autocast
 from lab.ops.program import Program, Value
 
 
@@ -94,7 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """What `attend` weighs v with, as a matrix: q (B, L, H, e), k (B, S, H, e), mask as there -> (B, H, L, S) in float32, rows sum to 1."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = torch.einsum("blhe,bshe->bhls", q.float(), k.float())
     if mask is None:
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()

@@ -50,7 +50,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def check_at_least(owner: str, minimum: int, **values: int) -> None:
     """ValueError for the first of the named arguments that is smaller, or no integer."""
     for name, value in values.items():
-        if not isinstance(value, Integral):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{owner}: {name}={value!r} must be an integer")
         if value < minimum:
             raise ValueError(f"{owner}: {name}={value} must be at least {minimum}")

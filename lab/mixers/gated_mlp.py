@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, check_at_least
 from lab.mixers.slot import Slotted
-from lab.ops.program import Program, Value
+from lab.ops.program import Program, Value, part
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -56,7 +56,7 @@ class GatedMLP(Slotted):
         both = p.apply(self.activation, p.linear(self.in_proj, x))
         a, b = both.split(both.width // 2, both.width // 2)
         if self.ssm is not None:
-            a = self.ssm.program(p, a, state["ssm"])
+            a = part(self.ssm).program(p, a, state["ssm"])
         return p.linear(self.out_proj, p.multiply(a, b))
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:

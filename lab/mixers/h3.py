@@ -23,7 +23,7 @@ from lab.mixers.base import Mixer, Output, State, check_at_least, state_type
 from lab.mixers.s4d import S4DLayer
 from lab.mixers.slot import Slotted
 from lab.ops import causal_conv
-from lab.ops.program import NotCompiled, Program, Value
+from lab.ops.program import NotCompiled, Program, Value, part
 
 
 class H3Layer(Slotted):
@@ -72,7 +72,7 @@ class H3Layer(Slotted):
         assert self.ssm is not None
         q, k, v = p.linear(self.in_proj, x).split(x.width, x.width, x.width)
         k = p.add(p.conv(k, self.shift, None, state["shift"]), p.multiply(k, p.constant(self.D)))
-        S = self.ssm.program(p, p.multiply(k, v), merged(state["ssm"]))
+        S = part(self.ssm).program(p, p.multiply(k, v), merged(state["ssm"]))
         return p.linear(self.out_proj, p.multiply(q, S))
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:

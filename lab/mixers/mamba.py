@@ -23,7 +23,7 @@ from lab.layers.hippo import InitMethod, eigenvalues
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.mixers.slot import Slotted
 from lab.ops import causal_conv, selective_scan
-from lab.ops.program import Program, Value
+from lab.ops.program import Program, Value, part
 
 
 class MambaLayer(Slotted):
@@ -107,7 +107,7 @@ class MambaLayer(Slotted):
             dt = p.apply("softplus", p.linear(self.dt_proj, delta))
             y = p.scan(u, dt, -self.A_log.exp(), B, C, self.D, state["h"])
         else:
-            y = self.ssm.program(p, u, state["ssm"])
+            y = part(self.ssm).program(p, u, state["ssm"])
         return p.linear(self.out_proj, p.multiply(y, p.apply("silu", z)))
 
     @property

@@ -154,7 +154,7 @@ class SequenceModel(nn.Module, ABC):
         out = torch.where(place < lengths[:, None], out, pad_token)
         if not new:
             return out
-        return out.scatter(1, lengths[:, None] + place[: len(new)], torch.stack(new, dim=1))
+        return out.scatter(1, lengths[:, None] + place[: len(new)], torch.stack(new, dim=1).to(out.dtype))
 
     def stream(
         self,

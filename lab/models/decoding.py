@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all
 
 from lab.mixers.base import State
 from lab.ops import native
@@ -44,6 +45,8 @@ class Continuation:
     @cached_property
     def program(self) -> Program | str:
         """Or the reason why there is none."""
+        if not len(self.last):
+            return "the batch has no rows"
         if self.last.device.type != "cpu":
             return f"the model is on {self.last.device}, a program runs on the CPU"
         reason = native.why_not(self.last, dtypes=(torch.float32,)) or unsuited(self.model)
@@ -66,14 +69,16 @@ def unsuited(model: nn.Module) -> str | None:
     """What about the modules of a model only its own `forward` can heed, or None."""
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
+        return "all modules have hooks, which must see every step"
     for name, module in model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if module.training:
             return f"{what} is in training mode"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{what} has hooks, which must see every step"
-        if "forward" in vars(module):
-            return f"{what} has a forward of its own"
+        if own := [attribute for attribute in vars(module) if callable(getattr(type(module), attribute, None))]:
+            return f"{what} has a {own[0]} of its own"
         if hasattr(module, "program") and (changed := changed_since(type(module), "program")):
             return f"{type(module).__name__} changes {changed} of a class whose program it inherits"
     return None
@@ -84,7 +89,10 @@ def changed_since(cls: type, method: str) -> str | None:
     for inner in cls.__mro__:
         if method in vars(inner):
             return None
-        changed = [name for name, member in vars(inner).items() if callable(member) and name not in ("__init__", "reset_parameters")]
+        members = {name: member for name, member in vars(inner).items() if name != "reset_parameters" and not name.startswith("__")}
+        changed = [
+            name for name, member in members.items() if callable(member) or isinstance(member, property | classmethod | staticmethod)
+        ]
         if changed:
             return changed[0]
     return None

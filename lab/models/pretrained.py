@@ -141,8 +141,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{folder} has no {CONFIG}: it is not a folder of public weights") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file} must hold keys and values, not a {type(config).__name__}")
     if "model_type" not in config:
@@ -163,6 +165,9 @@ def _built(config: Mapping[str, Any], folder: Path, stored: Mapping[str, Stored]
         padded = -(-vocab_size // multiple) * multiple
         vocab_size = padded if embedding.shape[0] == padded else vocab_size  # some configs count the tokens, some the rows
 
+    layers = len({name.split(".")[2] for name in stored if name.startswith("backbone.layers.")})
+    if config["num_hidden_layers"] != layers:  # before so many are built
+        raise ConfigError(f"{folder / CONFIG}: num_hidden_layers is {config['num_hidden_layers']!r}, the weights are of {layers} layers")
     try:
         mixer = partial(
             MambaLayer, d_state=config["state_size"], expand_factor=config["expand"], d_conv=config["conv_kernel"],
@@ -241,11 +246,16 @@ def _kinds(model: nn.Module) -> str:
     return f" of {', '.join(dict.fromkeys(type(mixer).__name__ for mixer in model.mixers))}" if isinstance(model, Stack) else ""
 
 
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
 class Stored:
     """A tensor in a file, not yet read."""
 
     def __init__(self, file: Any, name: str) -> None:
         part = file.get_slice(name)
+        if part.get_dtype() not in FLOATS:
+            raise ConfigError(f"{name} holds {part.get_dtype()}; load_pretrained reads {', '.join(FLOATS)}, no quantised weights")
         self.file, self.name, self.shape = file, name, tuple(part.get_shape())
         self.dtype = torch.float64 if part.get_dtype() == "F64" else torch.float32  # what it is computed in
 
@@ -265,6 +275,8 @@ def _opened(folder: Path) -> Iterator[dict[str, Stored]]:
                 opened = open_files.enter_context(safe_open(file, framework="pt"))
                 for name in opened.keys():  # noqa: SIM118
                     ours = name.replace("backbone.embedding.", "backbone.embeddings.")  # as the first public files have it
+                    if ours in stored:
+                        raise ConfigError(f"{file} has {name}, which is there already, in this file or in another")
                     stored[ours] = Stored(opened, name)
             except SafetensorError as error:
                 raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error
@@ -284,7 +296,7 @@ def _files(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
     try:
         names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{folder / INDEX} is not an index of shards: it must have a weight_map of names to files") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():

@@ -20,7 +20,7 @@ from lab.layers import MLP, Embedding
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
-from lab.ops.program import NotCompiled, Program, Value
+from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -45,9 +45,10 @@ class Block(nn.Module):
 
     def program(self, p: Program, x: Value, state: State) -> None:
         """One token; x is changed in place."""
-        p.add(x, self.mixer.program(p, p.norm(self.norm1, x), state), onto=x)
+        without_dropout(self.dropout)
+        p.add(x, part(self.mixer).program(p, p.norm(self.norm1, x), state), onto=x)
         if self.mlp is not None and self.norm2 is not None:
-            p.add(x, self.mlp.program(p, p.norm(self.norm2, x)), onto=x)
+            p.add(x, part(self.mlp).program(p, p.norm(self.norm2, x)), onto=x)
 
 
 class Stack(SequenceModel):
@@ -191,10 +192,11 @@ class Stack(SequenceModel):
     def program(self, p: Program, state: State) -> Value:
         if isinstance(self.embedding, nn.Identity):
             raise NotCompiled("a Stack without vocab_size has no tokens to decode")
+        without_dropout(self.dropout)
         x = p.embed(self.embedding, self.position)
         for block, layer in zip(self.blocks, state["layers"], strict=True):
             with p.scratch():
-                cast(Block, block).program(p, x, layer)
+                part(block).program(p, x, layer)
         return p.linear(cast(nn.Linear, self.head), p.norm(self.norm, x))
 
     @property

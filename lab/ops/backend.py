@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ def recording() -> bool:
 def exporting() -> bool:
     """Whether the graph that is recorded goes into a file, which must run without lab: no operator of ours may be left in it."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inside the block, operations keep the dtypes of their tensors. On the device of x; tensors without numbers have no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def always(*args: Any) -> str | None:

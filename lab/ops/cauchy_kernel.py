@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, differentiable_once
+from lab.ops.backend import Backend, Op, differentiable_once, without_autocast
 
 WORK = 8  # multiply-adds for each pole, numerator and point
 
@@ -57,7 +57,7 @@ def torch_backend(w: Tensor, v: Tensor, length: int) -> Tensor:
     inverse = 1 / (e.square() + f.square())
     E, F = e * inverse, f * inverse
     a, b = 2 * v_re, 2 * (v_re * w_re.mT + v_im * w_im.mT)
-    with torch.autocast(w.device.type, enabled=False):
+    with without_autocast(w):
         return torch.stack([s * (a @ F) - c * (b @ E), s * (a @ E) + c * (b @ F)], -1)
 
 

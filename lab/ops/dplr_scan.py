@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.ops import native
-from lab.ops.backend import Backend, Op, differentiable_once, exporting
+from lab.ops.backend import Backend, Op, differentiable_once, exporting, without_autocast
 from lab.ops.complex import conjugate, dot, multiply
 
 CHUNK = 6  # log2 of the tokens in a chunk of the torch backend
@@ -84,7 +84,7 @@ def torch_backend(
         return reference(u, h0, d, right, left, b, C, lengths)
     if exporting():
         return exported(u, h0, d, right, left, b, C)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         return chunked(u, h0, d, right, left, b, C, lengths)
 
 

@@ -14,6 +14,8 @@ from lab.ops.program import GROUP, INSTRUCTIONS, Program, Value
 
 PACKED = range(1 << 20, 1 << 28)
 """Bytes of weights that are packed into three bytes each: fewer stay in the processor's own cache, more would take much memory twice."""
+FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are: the kernel gets addresses
+INTEGERS: Any = {"dtype": torch.int64, "device": "cpu"}
 WORTH = 64  # tokens after which packing, itself the work of a few tokens, has paid
 
 
@@ -24,7 +26,7 @@ class Loaded:
         assert program.position is not None
         rows, logits = program.rows, program.logits
         self.program = program  # holds the weights
-        self.arena = torch.zeros(sum(program.sizes.values()) + 2 * GROUP)
+        self.arena = torch.zeros(sum(program.sizes.values()) + 2 * GROUP, **FLOATS)
         self.begins = {"states": 0, "scratch": program.sizes["states"]}
         for value, content in program.contents:
             self.view(value).copy_(content.flatten(1))
@@ -32,8 +34,8 @@ class Loaded:
         self.packed: list[tuple[Tensor, Tensor]] = []
         packing = program.room >= WORTH and 4 * sum(matrix.numel() for matrix in matrices) in PACKED
         lines = [self.pack(*line) if packing and line[0] == "linear" else line for line in program.lines]
-        self.code = torch.tensor([word for line in lines for word in self.words(*line)])
-        self.clock = torch.cat([torch.zeros(1, dtype=torch.long), program.position.long()])
+        self.code = torch.tensor([word for line in lines for word in self.words(*line)], **INTEGERS)
+        self.clock = torch.cat([torch.zeros(1, **INTEGERS), program.position.long()])
         self.logits = self.view(logits)
         self.arguments = [ctypes.c_int64(n) for n in (logits.pitch, logits.width, rows)]
         self.left = program.room
@@ -43,8 +45,8 @@ class Loaded:
         """A linear layer with its weights in 24 bits, relative to the largest of each row, or as it is where that would not be exact."""
         y, x, matrix, bias, N, K = operands
         size = ctypes.c_int64(N), ctypes.c_int64(K)
-        packed = torch.empty(native.function("decode_packed_bytes")(*size), dtype=torch.uint8)
-        scale = torch.empty(N)
+        packed = torch.empty(native.function("decode_packed_bytes")(*size), dtype=torch.uint8, device="cpu")
+        scale = torch.empty(N, **FLOATS)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (matrix, packed, scale)]
         if packed.numel() >= 4 * matrix.numel() or native.function("decode_pack_float32")(*pointers, *size):
             return name, operands
@@ -85,7 +87,7 @@ class Loaded:
 
     def greedy(self, token: Tensor, n: int) -> Tensor:
         """Feeds `token` (B,), then the most probable one each time: the n tokens after it, (n, B)."""
-        chosen = torch.empty(n, len(token), dtype=torch.long)
+        chosen = torch.empty(n, len(token), **INTEGERS)
         self._call(token, chosen, n)
         return chosen
 

@@ -93,7 +93,7 @@ class Program:
         """Numbers that stay from step to step: begin (B, ...), float32, copied when the program is loaded."""
         if len(begin) != self.rows:
             raise ValueError(f"program: a state of {len(begin)} rows in a batch of {self.rows}")
-        width = begin[0].numel()
+        width = math.prod(begin.shape[1:])
         value = Value(f"s{len(self.contents)}", width, _round_up(width), "states", self.sizes["states"])
         self.sizes["states"] += value.pitch * self.rows
         self.contents.append((value, begin))
@@ -111,8 +111,8 @@ class Program:
 
     # ---- instructions
 
-    def embed(self, table: nn.Embedding, places: nn.Embedding | None = None, position: Tensor | None = None) -> Value:
-        """The token's row of a table, and that of its place; position (B,): the places of the first tokens."""
+    def embed(self, table: nn.Embedding, places: nn.Embedding | None = None) -> Value:
+        """The token's row of a table, and that of its place."""
         rows = [_own(module, nn.Embedding).weight for module in (table, places) if module is not None]
         if any(module is not None and module.max_norm is not None for module in (table, places)):
             raise NotCompiled("an embedding has max_norm, which changes its weights while it is used")
@@ -179,6 +179,8 @@ class Program:
         """N complex states for each channel: h = a h + b u, y = 2 Re(C . h) + D u. a, b, C (D, N, 2), D (D,), h (B, D, N, 2)."""
         self._check(a.shape == b.shape == C.shape == h.shape[1:] and u.width == len(a) == len(D), "state_space", u)
         a, b, C, h = (torch.view_as_complex(t.contiguous()) for t in (a, b, C, h))
+        if not bool((b != 0).all()):
+            raise NotCompiled("what a state takes of its input is too small for a float")
         h, C = h / b, 2 * b * C  # the states of the input itself: then b need not be read
         planes = [_grouped(torch.view_as_real(t).flatten(-2)) for t in (a[None], C[None], h)]
         y = self.value(u.width)
@@ -290,6 +292,19 @@ def _own(module: Any, kind: type[nn.Module]) -> Any:
     if not isinstance(module, kind) or type(module).forward is not kind.forward:
         raise NotCompiled(f"{type(module).__name__} stands where {kind.__name__} is expected")
     return module
+
+
+def part(module: Any) -> Any:
+    """A module inside of another, if it can be part of a program."""
+    if not hasattr(module, "program"):
+        raise NotCompiled(f"{type(module).__name__} has no program")
+    return module
+
+
+def without_dropout(module: nn.Module) -> None:
+    """NotCompiled for what stands where dropout is expected, which does nothing in eval mode, and does something."""
+    if not isinstance(module, nn.Identity):
+        _own(module, nn.Dropout)
 
 
 def _grouped(x: Tensor) -> Tensor:

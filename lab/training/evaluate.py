@@ -101,6 +101,8 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
             f"task={choice} has {task.vocab_size:,} tokens and the model of {folder} {vocab_size:,}: what a token stands for must be the "
             "same, so it can only be scored on a task of its own vocabulary"
         )
+    file = Path(folder) / "eval" / f"{choice}-{own['split']}.json"
+    file.parent.mkdir(exist_ok=True)  # before the scores are computed: a folder that cannot be written loses none
     metrics, by_position, by_length = _measure(model.to(_device(trainer["accelerator"])), task, own["split"], trainer)
     document = metrics_document(
         model,
@@ -120,7 +122,6 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
         references=task.references(own["split"]),
         data={**task.facts(), **task.split(own["split"]).facts()},
     )
-    file = Path(folder) / "eval" / f"{choice}-{own['split']}.json"
     write_json(file, document)
     return document, file
 
