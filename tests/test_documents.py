@@ -52,7 +52,11 @@ def short(words: list[str]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name in ("kernels.md", "monitoring.md") else []) for path in DOCUMENTS],
+    ids=lambda path: path.name,
+)
 def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

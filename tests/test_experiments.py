@@ -15,6 +15,7 @@ from lab.training.experiment import prepare
 
 ROOT = Path(__file__).parents[1] / "experiments"
 EXPERIMENTS = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.rglob("*.yaml"))
+LARGE = ("copy_reverse", "copy_reverse_vanilla", "stdlib_lot", "stdlib_transformer")  # long sequences: most of the time of all
 SMALL = (
     "model.d_model=32",
     "model.n_layers=2",
@@ -29,7 +30,7 @@ def test_there_are_experiments():
     assert {"none", "copy_reverse", "copy_reverse_small", "copy_reverse_small_vanilla"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in EXPERIMENTS])
 def test_the_loss_falls_on_one_repeated_batch(name):
     composed = compose([f"experiment={name}", *SMALL])
     check(composed)

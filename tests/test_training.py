@@ -66,7 +66,7 @@ def test_accumulation_is_one_batch_in_pieces(ragged):
                 assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
-@pytest.mark.parametrize(("model", "killed_at"), [("transformer", None), ("lot", 7)])
+@pytest.mark.parametrize(("model", "killed_at"), [pytest.param("transformer", None, marks=pytest.mark.slow), ("lot", 7)])
 def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
     """DDP over gloo: the same global batches, the same curve; interrupted by SIGTERM to the first process and resumed as well."""
     (ragged / "killer.py").write_text(KILLER)
