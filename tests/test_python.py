@@ -87,7 +87,7 @@ def test_the_process_is_left_as_it_was(monkeypatch):
 
     before = state()
     run = lab.train(overrides=[*WORDS, "ops.kuramoto_scan=reference"], run_dir="run")
-    assert run.metrics["backends"] == {"kuramoto_scan": "reference"}
+    assert run.metrics["backends"]["kuramoto_scan"] == "reference"
     run.model()
     lab.load("run")
     assert state() == before
@@ -146,4 +146,8 @@ def test_the_notebook_runs(tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    assert any("exact_match" in str(output) for output in outputs) and not any(output.get("name") == "stderr" for output in outputs)
+    said = [output["text"] for output in outputs if output.get("name") == "stderr"]
+    assert any("exact_match" in str(output) for output in outputs)
+    assert all(
+        "IProgress not found" in text for text in said
+    )  # tqdm, which torchmetrics loads by way of transformers where that is installed
