@@ -30,6 +30,7 @@ from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLay
 from lab.models import Stack, initialise
 from lab.models.base import evaluating
 from lab.models.decoding import Continuation
+from lab.ops import native
 from lab.ops.interpreter import Loaded
 from lab.ops.program import Program
 
@@ -197,6 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     positions, new, length = ([5, 40], 8, 16) if args.quick else ([100, 10_000, 100_000], 1024, 1024)
+    if native.LIBRARY is None:
+        raise SystemExit(f"bench_decoding: {native.SAYS}; there is nothing to compare")
     names = [name for name in MODELS if args.only in name]
 
     def rows(allocator: str) -> dict[str, list[benchmark.Row]]:

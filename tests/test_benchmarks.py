@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.ops import native
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -71,6 +73,7 @@ def test_models_and_the_page(script, tmp_path):
     assert "pip install transformers" in page and page.count("| mamba |") == 7  # 2 peers by 2 lengths, 2 allocators, shares
 
 
+@pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
 def test_decoding(script):
     printed, report = script("bench_decoding", "--only", "mamba")
     rows = {(row["name"], row["position"]): row for row in report["positions"]}

@@ -94,7 +94,8 @@ def test_the_process_is_left_as_it_was(monkeypatch):
     with pytest.raises(RunError):
         lab.train(overrides=[*WORDS, "optimizer.lr=1e30", "trainer.grad_clip=null", "ops.kuramoto_scan=reference"], run_dir="other")
     assert state() == before
-    assert lab.train(overrides=WORDS, run_dir="third").metrics["backends"] == {"kuramoto_scan": "native" if native.LIBRARY else "torch"}
+    here = "native" if native.LIBRARY else "torch"
+    assert lab.train(overrides=WORDS, run_dir="third").metrics["backends"] == {"kuramoto_scan": here, "decode": here}
 
 
 def test_twice_in_one_process_is_twice_the_same():
@@ -148,6 +149,5 @@ def test_the_notebook_runs(tmp_path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     said = [output["text"] for output in outputs if output.get("name") == "stderr"]
     assert any("exact_match" in str(output) for output in outputs)
-    assert all(
-        "IProgress not found" in text for text in said
-    )  # tqdm, which torchmetrics loads by way of transformers where that is installed
+    # tqdm, which torchmetrics loads by way of transformers where that is installed; and warnings where there are no kernels
+    assert all("IProgress not found" in text or native.LIBRARY is None for text in said)
