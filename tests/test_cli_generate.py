@@ -173,7 +173,8 @@ def test_a_command_with_bytes_that_are_no_text(folder, command):
         [sys.executable, "-m", "lab.cli.generate", "text", "--prompt-file", "-", "--max-new-tokens", "6"],
         cwd=folder, input=prompt, capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, b"")
+    said = [line for line in done.stderr.splitlines() if b"does not use backend native" not in line]  # without a compiler
+    assert (done.returncode, said) == (0, [])
     assert done.stdout.decode() == want.encode("ascii", "replace").decode() + "\n"
 
 

@@ -232,7 +232,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(killer, command):
     line = [*TINY, "run_dir=run"]
     done = command("lab-train", *line, cwd=killer, preexec_fn=small_disk)
     assert done.returncode == 1 and "File too large" in done.stderr and "run_dir=run goes on" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    said = [line for line in done.stderr.strip().splitlines() if "does not use backend native" not in line]  # without a compiler
+    assert len(said) == 1
     assert Run("run").job()["status"] == "failed" and "File too large" in Run("run").job()["reason"]
     assert list((killer / "run" / "checkpoints").iterdir()) == []  # no half of a file
     assert train(compose(line)).job()["status"] == "done"
