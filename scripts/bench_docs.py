@@ -86,11 +86,11 @@ LIMITS = """
 Forward passes at B 4, L 1024, E 512, N 16: what an op cannot do without (exponentials, or bytes read and written once) over its time,
 beside the rate of the plainest operation of PyTorch that does nothing else.
 
-The aims for the ops were taken on another machine, with faster vector arithmetic beside a memory of the same speed. The scans are bound
-by that arithmetic; the other packages spend their time in memory and dispatch, so the ratios are smaller here. Half of lab's time of the
-short real recurrence is the dispatch of a custom operator with its gradient, 0.5 ms at any size. The layer of S4D cannot reach its aim at
-this width: its output projection, three matrix products of 4.3 GFLOP that both sides compute alike, takes three quarters of the time that
-25 times would leave, at the rate of the plain matrix product below.
+The aims for the ops were taken on another machine, whose vector arithmetic seems to be faster: the prototypes behind them, built on this
+one, were no faster than lab. The scans are bound by that arithmetic, the other packages by memory and dispatch, so the ratios are smaller
+here. Half of lab's time of the short real recurrence is the dispatch of a custom operator with its gradient, 0.5 ms at any size. The layer
+of S4D cannot reach its aim at this width: its output projection, three matrix products of 4.3 GFLOP that both sides compute alike, takes
+more than two thirds of the time that 25 times would leave, at the rate of the plain matrix product below.
 
 | op | allocator | rate | of the ceiling |
 |---|---|---|---|

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 import lab.models  # noqa: F401  (it has an op of its own, decode)
 from lab import compiler, memory, ops
 from lab.ops import native
-from lab.ops.backend import Backend, Op
+from lab.ops.backend import Backend, Op, use
 
 TOLERANCE = 1e-4  # of the largest value; float32 against the plain formula
 OF_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY")
@@ -68,7 +68,7 @@ def _difference(op: Op, chosen: Backend, device: str) -> float | str:
     assert op.example is not None
     torch.manual_seed(0)
     try:
-        with torch.device(device), torch.no_grad():
+        with torch.device(device), torch.no_grad(), use("reference"):  # of ops that this one calls: they are looked at by themselves
             arguments = op.example()
             pairs = zip(*(pytree.tree_leaves(op.result(run(*arguments))) for run in (chosen.run, op.backends[-1].run)), strict=True)
             differences = [(got - want).abs().max() / (want.abs().max() + 1e-30) for got, want in pairs]

@@ -81,7 +81,7 @@ class Op:
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
-            if not forced and not recording() and backend.name not in self.said:
+            if len(reasons) == 1 and not forced and not recording() and backend.name not in self.said:  # of the best one alone
                 self.said.add(backend.name)
                 log.warning("op %s does not use backend %s: %s", self.name, backend.name, reason)
         raise RuntimeError(f"op {self.name}: no {'forced ' if forced else ''}backend can compute this ({'; '.join(reasons)})")
