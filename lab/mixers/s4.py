@@ -10,8 +10,6 @@ tokens before it.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -42,36 +40,20 @@ class S4Layer(LongConvolution):
         dropout: float = 0.0,
         mixing: bool = True,
     ) -> None:
-        super().__init__(d_model, dt_min, dt_max, rate, bidirectional, dropout, mixing)
-        self.init_method = init_method
-        rank, self.n = low_rank(init_method, d_state).P.shape
-        self.log_dt = nn.Parameter(torch.empty(d_model))
-        self.log_A_re = nn.Parameter(torch.empty(d_model, self.n))  # Lambda = -exp(log_A_re) + i A_im
-        self.A_im = nn.Parameter(torch.empty(d_model, self.n))
-        self.P = nn.Parameter(torch.empty(rank, d_model, self.n, 2))
-        self.B = nn.Parameter(torch.empty(d_model, self.n, 2))
-        self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, self.n, 2))
-        self.D = nn.Parameter(torch.empty(d_model))
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(d_model, 2 * d_model) if mixing else None
-        learn_slowly(self.log_dt, self.log_A_re, self.A_im, self.P, self.B)
+        rank, n = low_rank(init_method, d_state).P.shape
+        super().__init__(d_model, n, dt_min, dt_max, rate, bidirectional, dropout, mixing)
+        self.init_method, self.d_state = init_method, d_state
+        self.P = nn.Parameter(torch.empty(rank, d_model, n, 2))
+        self.B = nn.Parameter(torch.empty(d_model, n, 2))
+        learn_slowly(self.P, self.B)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        start = low_rank(self.init_method, 2 * self.n)
+        begin = low_rank(self.init_method, self.d_state)
+        self.start(begin.eigenvalues)
         with torch.no_grad():
-            self.log_A_re.copy_((-start.eigenvalues.real).log().expand_as(self.log_A_re))
-            self.A_im.copy_(start.eigenvalues.imag.expand_as(self.A_im))
-            self.P.copy_(torch.view_as_real(start.P)[:, None])
-            self.B.copy_(torch.view_as_real(start.B))
-        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
-        nn.init.normal_(self.C, std=math.sqrt(0.5))
-        nn.init.normal_(self.D)
-
-    def continuous(self) -> tuple[Tensor, Tensor]:
-        """Lambda (D, n, 2) and dt (D, 1), in float32 at least."""
-        Lambda = torch.stack([-at_least_float32(self.log_A_re).exp(), at_least_float32(self.A_im)], -1)
-        return Lambda, (self.rate * at_least_float32(self.log_dt).exp())[:, None]
+            self.P.copy_(torch.view_as_real(begin.P)[:, None])
+            self.B.copy_(torch.view_as_real(begin.B))
 
     def discrete(self) -> Dplr:
         Lambda, dt = self.continuous()

@@ -10,14 +10,12 @@ before it.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lab.layers.hippo import InitMethod, eigenvalues
 from lab.mixers.base import State, at_least_float32
-from lab.mixers.state_space import LongConvolution, learn_slowly
+from lab.mixers.state_space import LongConvolution
 from lab.ops import linear_recurrence, ssm_kernel
 from lab.ops.backend import exporting
 from lab.ops.complex import divide, exp, expm1, multiply
@@ -43,32 +41,12 @@ class S4DLayer(LongConvolution):
         dropout: float = 0.0,
         mixing: bool = True,
     ) -> None:
-        super().__init__(d_model, dt_min, dt_max, rate, bidirectional, dropout, mixing)
-        self.init_method = init_method
-        self.n = len(eigenvalues(init_method, d_state))
-        self.log_dt = nn.Parameter(torch.empty(d_model))
-        self.log_A_re = nn.Parameter(torch.empty(d_model, self.n))  # A = -exp(log_A_re) + i A_im
-        self.A_im = nn.Parameter(torch.empty(d_model, self.n))
-        self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, self.n, 2))
-        self.D = nn.Parameter(torch.empty(d_model))
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(d_model, 2 * d_model) if mixing else None
-        learn_slowly(self.log_dt, self.log_A_re, self.A_im)
+        super().__init__(d_model, len(eigenvalues(init_method, d_state)), dt_min, dt_max, rate, bidirectional, dropout, mixing)
+        self.init_method, self.d_state = init_method, d_state
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        A = eigenvalues(self.init_method, 2 * self.n)
-        with torch.no_grad():
-            self.log_A_re.copy_((-A.real).log().expand_as(self.log_A_re))
-            self.A_im.copy_(A.imag.expand_as(self.A_im))
-        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
-        nn.init.normal_(self.C, std=math.sqrt(0.5))
-        nn.init.normal_(self.D)
-
-    def continuous(self) -> tuple[Tensor, Tensor]:
-        """A (D, n, 2) and dt (D, 1), in float32 at least."""
-        A = torch.stack([-at_least_float32(self.log_A_re).exp(), at_least_float32(self.A_im)], -1)
-        return A, (self.rate * at_least_float32(self.log_dt).exp())[:, None]
+        self.start(eigenvalues(self.init_method, self.d_state))
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """w = dt A, and what a step takes of its input, (e^w - 1) / A; each (D, n, 2)."""

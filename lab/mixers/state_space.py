@@ -8,6 +8,7 @@ State: {"h": (B, .., n, 2)}, float32, or float64 of a layer in float64.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -64,16 +65,36 @@ class StateSpace(Mixer):
 
 
 class LongConvolution(StateSpace):
-    """A state space per channel, computed as one convolution as long as the sequence. Mixing: dropout, Linear(D -> 2D), GLU."""
+    """A state space of n pairs per channel, computed as one convolution as long as the sequence. Mixing: dropout, Linear(D -> 2D), GLU."""
 
-    C: nn.Parameter  # (1 or 2 directions, D, n, 2)
-    dropout: nn.Dropout
-    out: nn.Linear | None
-
-    def __init__(self, d_model: int, dt_min: float, dt_max: float, rate: float, bidirectional: bool, dropout: float, mixing: bool) -> None:
+    def __init__(
+        self, d_model: int, n: int, dt_min: float, dt_max: float, rate: float, bidirectional: bool, dropout: float, mixing: bool
+    ) -> None:
         super().__init__(d_model, dt_min, dt_max, rate, bidirectional, mixing)
         if dropout and not mixing:
             raise ValueError(f"{type(self).__name__}: dropout={dropout} belongs to the mixing, which mixing=False leaves out; it must be 0")
+        self.log_dt = nn.Parameter(torch.empty(d_model))
+        self.log_A_re = nn.Parameter(torch.empty(d_model, n))  # the diagonal is -exp(log_A_re) + i A_im
+        self.A_im = nn.Parameter(torch.empty(d_model, n))
+        self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, n, 2))
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(d_model, 2 * d_model) if mixing else None
+        learn_slowly(self.log_dt, self.log_A_re, self.A_im)
+
+    def start(self, diagonal: Tensor) -> None:
+        """Draws the parameters anew; diagonal (n,) complex."""
+        with torch.no_grad():
+            self.log_A_re.copy_((-diagonal.real).log().expand_as(self.log_A_re))
+            self.A_im.copy_(diagonal.imag.expand_as(self.A_im))
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))
+        nn.init.normal_(self.D)
+
+    def continuous(self) -> tuple[Tensor, Tensor]:
+        """The diagonal (D, n, 2) and dt (D, 1), in float32 at least."""
+        diagonal = torch.stack([-at_least_float32(self.log_A_re).exp(), at_least_float32(self.A_im)], -1)
+        return diagonal, (self.rate * at_least_float32(self.log_dt).exp())[:, None]
 
     def convolved(self, u: Tensor, kernels: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
         """u (B, L, D), a kernel (D, L) for each direction -> SSM(u) + D u (B, L, D)"""
