@@ -64,7 +64,7 @@ def test_the_documented_calls():
         layer_kwargs={"bidirectional": True, "init_method": "lin"}, architecture_kwargs={"expand_factor": 2, "activation": "gelu"},
     )  # fmt: skip
     mixer = gated.mixers[0]
-    assert (mixer.ssm.D.shape, mixer.ssm.n, mixer.ssm.init_method, mixer.activation) == ((64,), 8, "lin", "gelu")
+    assert (mixer.ssm.D.shape, mixer.ssm.A_im.shape[1], mixer.ssm.init_method, mixer.activation) == ((64,), 8, "lin", "gelu")
     assert not gated.causal and gated.dropout.p == 0.2 and gated(torch.zeros(2, 100, dtype=torch.long)).shape == (2, 100, 11)
     with pytest.raises(NotImplementedError, match="GatedMLP reads the whole sequence, the future too, so it has no state and no step"):
         gated.init_state(1)
@@ -115,7 +115,7 @@ def test_kwargs_win_and_are_left_alone():
     of_stack |= {"expand_factor": 1}
     model = create_model("mamba", "s4d", d_model=16, layer_kwargs={"d_state": 6, "mixing": True}, architecture_kwargs=of_stack)
     mixer = model.mixers[0]
-    assert (mixer.d_inner, mixer.n_layers, mixer.ssm.n, mixer.ssm.mixing) == (16, 3, 3, True)
+    assert (mixer.d_inner, mixer.n_layers, mixer.ssm.A_im.shape[1], mixer.ssm.mixing) == (16, 3, 3, True)
 
 
 @pytest.mark.parametrize(
