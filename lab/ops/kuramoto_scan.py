@@ -308,4 +308,5 @@ KURAMOTO_SCAN = Op(
         Backend("reference", reference),
     ),
     example=lambda: (torch.rand(2, 5), torch.randn(2, 9, 5), torch.randn(5), torch.randn(5), torch.randn(5, 5), 0.1, "lattice"),
+    forms=("lattice", "mesh"),
 )
