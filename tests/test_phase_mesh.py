@@ -55,9 +55,9 @@ def test_rows_continue_from_where_they_stand(mesh):
 def test_single_steps_stay_with_the_whole_sequence_far_out(mesh):
     whole, _ = mesh(20_010)
     _, phi = mesh(19_000)
-    for t in range(19_000, 20_010):
+    for _ in range(1010):
         one, phi = mesh(1, phi)
-    torch.testing.assert_close(one[0, 0], whole[0, t])
+    torch.testing.assert_close(one[0, 0], whole[0, -1])
 
 
 def test_gradients_reach_everything_and_nothing_is_kept(mesh):
@@ -93,6 +93,7 @@ class Positions(torch.nn.Module):
         return x + embedding, last
 
 
+@pytest.mark.filterwarnings("ignore")  # as lab.export does: tracing warns of much
 def test_an_exported_one_takes_any_length(mesh):
     module, phi = Positions(mesh), torch.rand(2, 5, dtype=torch.float64)
     example, free = torch.randn(2, 9, 6), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}

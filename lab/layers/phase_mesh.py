@@ -40,8 +40,8 @@ class PhaseMesh(nn.Module):
         Phases are float64: in float32 the same rounding error at every step adds up to 0.02 radians in 10^5 steps.
         """
         phi = self.initial_phase() if phi is None else phi
-        rows = 1 if phi.ndim == 1 else len(phi)
-        still, one = self.omega.new_zeros(rows, length, len(self.omega)), torch.ones_like(self.omega)
+        rows = 1 if phi.ndim == 1 else phi.shape[0]
+        still, one = self.omega.new_zeros(rows, length, *self.omega.shape), torch.ones_like(self.omega)
         theta, last = kuramoto_scan(phi.double(), still, self.omega, one, self.K, 1.0, lengths, form="mesh")
         theta = theta.float()
         return self.proj(torch.cat([theta.cos(), theta.sin()], -1).to(self.proj.weight.dtype)), last
