@@ -4,9 +4,9 @@
 //   mesh      step = clip(free + tanh(g F), -pi, pi),   the same free, g = kappa
 //
 // phases (B, L + 1, pitch); free_t stands in phases[:, t + 1] when the forward pass begins, theta_0 in phases[:, 0]. P_ij = g_i W_ij comes
-// transposed: pull[j][i]. A block takes ROUGHLY threads' worth of rows, or one row, a thread an
-// oscillator (or every THREADS-th, where there are more). What they tell each other stands twice in shared memory, for this step and for the
-// next one: one barrier a step, backwards two. What limits it is those and the reads of P, which come from the cache: the steps follow one another.
+// transposed: pull[j][i]. A block takes ROUGHLY threads' worth of rows, or one row, a thread an oscillator (or every THREADS-th, where
+// there are more). What they tell each other stands twice in shared memory, for this step and for the next one: one barrier a step, backwards
+// two. What limits it is those and the reads of P, which come from the cache: the steps follow one another.
 #include "numbers.h"
 
 namespace {

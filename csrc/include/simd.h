@@ -102,7 +102,7 @@ template <class T> struct Factor {
   inline __attribute__((always_inline)) Vector<T> operator*(Vector<T> b) const { return re * b + im * swapped(b, Lanes<T>{}); }
 };
 
-// ---- 2^x for x <= 0: the exponential of every decay. A polynomial on [-1/2, 1/2]: relative error 2e-7 in float, in double 5e-16; 2^-126
+// ---- 2^x for x <= 0: the exponential of every decay. A polynomial on [-1/2, 1/2]: relative error 2e-7 in float, in double 2e-16; 2^-126
 // and 2^-1022 below that.
 // x > 128 gives any number: the caller keeps it out. A bound here makes Mamba's scan take 1.7 times as long.
 
@@ -142,7 +142,7 @@ INLINE Vector<double> exp2_decay(Vector<double> x) {
 }
 
 // ---- sin and cos of an angle in [-8, 8]: reduction to [-pi/4, pi/4] by the nearest quarter turn, then Taylor polynomials; error 1e-7,
-// in double 2e-16
+// in double 1e-16
 
 template <class T> struct Wave { Vector<T> sin, cos; };
 
