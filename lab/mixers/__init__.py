@@ -2,6 +2,7 @@
 
 from lab.mixers.attention import Attention
 from lab.mixers.base import Mixer, Output, State
+from lab.mixers.drift import GeometricDriftField
 from lab.mixers.gated_mlp import GatedMLP
 from lab.mixers.h3 import H3Layer
 from lab.mixers.lattice import Lattice
@@ -11,5 +12,6 @@ from lab.mixers.s4d import S4DLayer
 from lab.mixers.s5 import S5Layer
 
 __all__ = [
-    "Attention", "GatedMLP", "H3Layer", "Lattice", "MambaLayer", "Mixer", "Output", "S4DLayer", "S4Layer", "S5Layer", "State",
+    "Attention", "GatedMLP", "GeometricDriftField", "H3Layer", "Lattice", "MambaLayer", "Mixer", "Output", "S4DLayer", "S4Layer", "S5Layer",
+    "State",
 ]  # fmt: skip

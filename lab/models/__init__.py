@@ -2,6 +2,9 @@
 
 from lab.models.base import SequenceModel, evaluating, initialise
 from lab.models.create import create_model
+from lab.models.laminar import Laminar, LaminarNet, LaminarNetConfig
 from lab.models.stack import Block, Stack
 
-__all__ = ["Block", "SequenceModel", "Stack", "create_model", "evaluating", "initialise"]
+__all__ = [
+    "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "Stack", "create_model", "evaluating", "initialise",
+]  # fmt: skip

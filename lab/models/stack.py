@@ -207,13 +207,13 @@ class Stack(SequenceModel):
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
 
 
-def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
+def check_lengths(lengths: Tensor, tokens: Tensor, owner: str = "Stack") -> None:
     """ValueError for lengths that are not one of 0 .. L for each row; on a GPU, which a look at them would stall, only for their number."""
     B, L = tokens.shape[:2]
     if lengths.shape != (B,):
-        raise ValueError(f"Stack: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
+        raise ValueError(f"{owner}: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
     if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
-        raise ValueError(f"Stack: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
+        raise ValueError(f"{owner}: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
 
 
 def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:
