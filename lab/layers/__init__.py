@@ -2,5 +2,6 @@
 
 from lab.layers.embedding import Embedding
 from lab.layers.mlp import MLP
+from lab.layers.phase_mesh import PhaseMesh
 
-__all__ = ["MLP", "Embedding"]
+__all__ = ["MLP", "Embedding", "PhaseMesh"]
