@@ -40,21 +40,21 @@ class Windows(NamedTuple):
 
     def reshaped(self, x: Tensor, offset: int) -> Tensor:
         x = F.pad(x, (0, 0, offset, 0)) if offset else x
-        return x[:, : self.coarse * self.q].unflatten(1, (self.coarse, self.q)).sum(2)
+        return x[:, : self.coarse * self.q].unflatten(1, (-1, self.q)).sum(2)
 
     def gathered(self, x: Tensor) -> Tensor:
         place = torch.arange(self.coarse * self.q, device=x.device) - self.offset[:, None]  # type: ignore[index]
         real = self.fine if self.real is None else self.real[:, None]
         index = place.clamp(min=0).clamp(max=self.fine - 1)[..., None].expand(-1, -1, x.shape[-1])
         found = x.gather(1, index) * ((place >= 0) & (place < real))[..., None]
-        return found.unflatten(1, (self.coarse, self.q)).sum(2)
+        return found.unflatten(1, (-1, self.q)).sum(2)
 
     def begun(self, x: Tensor, before: Tensor | None) -> Tensor:
         """The sum of the last window (B, D), which the chunk does not complete."""
         if self.complete is None and not isinstance(self.offset, Tensor):
             rest = x[:, max(0, self.coarse * self.q - self.offset) :].sum(1)
             return rest if before is None or self.coarse else rest + before
-        complete = torch.full((len(x),), self.coarse, device=x.device) if self.complete is None else self.complete
+        complete = torch.full((x.shape[0],), self.coarse, device=x.device) if self.complete is None else self.complete
         place = torch.arange(self.fine, device=x.device)
         inside = place >= (complete * self.q - self.offset)[:, None]
         if self.real is not None:
@@ -67,7 +67,7 @@ class Windows(NamedTuple):
         message (B, F, D), and if it is wanted the last one (B, D)."""
         first = torch.zeros_like(messages[:, :1]) if before is None else before[:, None].to(messages.dtype)
         if before is None and not messages.shape[1]:
-            first = messages.new_zeros(len(messages), 1, messages.shape[-1])
+            first = messages.new_zeros(messages.shape[0], 1, messages.shape[-1])
         every = torch.cat([first, messages], 1)
         D = every.shape[-1]
         if isinstance(self.offset, Tensor):
