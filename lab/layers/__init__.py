@@ -2,5 +2,6 @@
 
 from lab.layers.embedding import Embedding
 from lab.layers.mlp import MLP
+from lab.layers.rotary import Gate, Rotate, angles, rotated
 
-__all__ = ["MLP", "Embedding"]
+__all__ = ["MLP", "Embedding", "Gate", "Rotate", "angles", "rotated"]
