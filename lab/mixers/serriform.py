@@ -54,8 +54,8 @@ class Serriform(Mixer):
         check_at_least("Serriform", 1, d_model=d_model, conv_kernel_size=conv_kernel_size, conv_dilation_period=conv_dilation_period)
         check_at_least("Serriform", 1, memory_dim_factor=memory_dim_factor, ff_reduction_factor=ff_reduction_factor)
         check_at_least("Serriform", 0, layer=layer)
-        if not conv_dilation_growth >= 1:
-            raise ValueError(f"Serriform: conv_dilation_growth={conv_dilation_growth} must be at least 1")
+        if not isinstance(conv_dilation_growth, int | float) or not 1 <= conv_dilation_growth < math.inf:
+            raise ValueError(f"Serriform: conv_dilation_growth={conv_dilation_growth!r} must be a number of at least 1")
         if topology not in ("sequential", "parallel"):
             raise ValueError(f"Serriform: topology={topology!r}; expected sequential or parallel")
         if activation is not None and activation not in ACTIVATIONS:

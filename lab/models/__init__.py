@@ -2,6 +2,7 @@
 
 from lab.models.base import SequenceModel, evaluating, initialise
 from lab.models.create import create_model
+from lab.models.serriform import SerriformNet
 from lab.models.stack import Block, Stack
 
-__all__ = ["Block", "SequenceModel", "Stack", "create_model", "evaluating", "initialise"]
+__all__ = ["Block", "SequenceModel", "SerriformNet", "Stack", "create_model", "evaluating", "initialise"]
