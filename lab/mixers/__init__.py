@@ -10,8 +10,10 @@ from lab.mixers.mamba import MambaLayer
 from lab.mixers.s4 import S4Layer
 from lab.mixers.s4d import S4DLayer
 from lab.mixers.s5 import S5Layer
+from lab.mixers.serriform import Serriform
 
 __all__ = [
     "Attention", "GatedMLP", "GeometricDriftField", "H3Layer", "Lattice", "MambaLayer", "Mixer", "Output", "S4DLayer", "S4Layer", "S5Layer",
+    "Serriform",
     "State",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """`create_model("h3", "s4", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
 
 With `vocab_size` it maps tokens (B, L) to logits (B, L, V), without floats (B, L, D) to floats (B, L, D). The models are those of
-configs/model/ by the same names, and what stands in a slot that of configs/ssm_layer/.
+configs/model/ by the same names (serriformnet: serriform), and what stands in a slot that of configs/ssm_layer/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
-from lab.mixers import Attention, GatedMLP, GeometricDriftField, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer
+from lab.mixers import (
+    Attention, GatedMLP, GeometricDriftField, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer, Serriform,
+)  # fmt: skip
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
 from lab.models.laminar import Laminar
@@ -34,12 +36,12 @@ ARCHITECTURES = {
     "s4": Architecture(S4Layer, STATE_SPACE),
     "s4d": Architecture(S4DLayer, STATE_SPACE),
     "s5": Architecture(S5Layer, STATE_SPACE),
+    "serriformnet": Architecture(Serriform, {"d_ff": 0, "position": "gate", "norm": "rms"}),
     "transformer": Architecture(partial(Attention, n_heads=8)),
 }
 LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}
 """What a slot takes."""
 
-LATER = ("serriformnet",)
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
 OF_LAMINAR = {**OURS, "max_seq_len": "seq_len"}
@@ -57,16 +59,14 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: gated_mlp, h3, laminarnet, lot, mamba, s4, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer:
-    mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state
-    space of its paper and mamba the selective scan, which it also has with mamba.
+    """architecture: gated_mlp, h3, laminarnet, lot, mamba, s4, s4d, s5, serriformnet, transformer (with architecture_kwargs={"kind":
+    "decoder"}). ssm_layer: mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3
+    has the diagonal state space of its paper and mamba the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
     layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
-    positions are learned. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
+    there are positions. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
     """
-    if architecture in LATER:
-        raise ValueError(f"create_model: architecture {architecture} is not there yet; there are {', '.join(ARCHITECTURES)}")
     _expect("architecture", architecture, (*ARCHITECTURES, "laminarnet"))
     _check_general(d_model, num_layers, dropout)
     if architecture == "laminarnet":
@@ -82,7 +82,7 @@ def create_model(
 
     kinds = {"kind"} if architecture == "transformer" else set()
     valid = {
-        "layer_kwargs": _arguments(inside or layer) - {"d_model", "ssm_layer"},
+        "layer_kwargs": _arguments(inside or layer) - {"d_model", "layer", "ssm_layer"},
         "architecture_kwargs": _arguments(Stack) - {"mixer", "pattern"} | kinds | set(own),
     }
     of_layer = _checked("layer_kwargs", layer_kwargs, valid)
