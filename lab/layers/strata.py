@@ -33,7 +33,7 @@ class Windows(NamedTuple):
         (B, C, D), and if it is wanted the sum of the last, incomplete one (B, D)."""
         kind = x.dtype
         x = at_least_float32(x)
-        sums = self.gathered(x) if isinstance(self.offset, Tensor) else self.reshaped(x, self.offset)
+        sums = self.gathered(x, self.offset) if isinstance(self.offset, Tensor) else self.reshaped(x, self.offset)
         if before is not None and self.coarse:
             sums = torch.cat([sums[:, :1] + before[:, None], sums[:, 1:]], 1)
         return (sums / self.q).to(kind), self.begun(x, before) if wanted else None
@@ -42,12 +42,12 @@ class Windows(NamedTuple):
         x = F.pad(x, (0, 0, offset, 0)) if offset else x
         return x[:, : self.coarse * self.q].unflatten(1, (-1, self.q)).sum(2)
 
-    def gathered(self, x: Tensor) -> Tensor:
-        place = torch.arange(self.coarse * self.q, device=x.device) - self.offset[:, None]  # type: ignore[index]
-        real = self.fine if self.real is None else self.real[:, None]
-        index = place.clamp(min=0).clamp(max=self.fine - 1)[..., None].expand(-1, -1, x.shape[-1])
-        found = x.gather(1, index) * ((place >= 0) & (place < real))[..., None]
-        return found.unflatten(1, (-1, self.q)).sum(2)
+    def gathered(self, x: Tensor, offset: Tensor) -> Tensor:
+        slots = torch.arange(self.coarse, device=x.device)[:, None] * self.q + torch.arange(self.q, device=x.device)
+        place = slots - offset[:, None, None]  # (B, C, q)
+        inside = (place >= 0) & (place < (self.fine if self.real is None else self.real[:, None, None]))
+        rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
+        return (x[rows, place.clamp(min=0).clamp(max=self.fine - 1)] * inside[..., None]).sum(2)
 
     def begun(self, x: Tensor, before: Tensor | None) -> Tensor:
         """The sum of the last window (B, D), which the chunk does not complete."""
