@@ -5,8 +5,8 @@
     h_t = a_t h_{t-1} + (1 - |a_t|) v_t                                              state (B, m), complex
     y_t = W_o (M h_t * sigmoid(g_t))                                                 M mixes heads of the readout
 
-B = batch, L = length, D = d_model, m = D / 2 complex channels, H = heads of D / H numbers, K = conv_kernel. Complex numbers are pairs side by
-side: h_t is read as D real numbers. All of it but W, W_o and the convolution is float32, also under autocast.
+B = batch, L = length, D = d_model, m = D / 2 complex channels, H = heads of m / H channels, c mod H the head of channel c, K = conv_kernel. Complex
+numbers are pairs side by side: h_t is read as D real numbers. All of it but W, W_o and the convolution is float32, also under autocast.
 State: {"conv": (B, K - 1, D), "h": (B, m, 2)}, float32, or float64 of a layer in float64.
 Record: retention |a| (B, L, m), size |h| (B, L, m).
 """
@@ -61,7 +61,7 @@ class GeometricDriftField(Mixer):
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
         channels = self.m // self.n_heads
-        share = (torch.arange(channels) + torch.rand(self.n_heads, channels)) / channels  # one in each part of [0, 1), of every head
+        share = (torch.arange(channels)[:, None] + torch.rand(channels, self.n_heads)) / channels  # one in each part of [0, 1), of every head
         low, high = math.log(self.dt_min), math.log(self.dt_max)
         dt = (low + (high - low) * share).exp().flatten()
         with torch.no_grad():
@@ -84,8 +84,10 @@ class GeometricDriftField(Mixer):
         return Output(y, after, record=record)
 
     def mixed(self, read: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D): sum_h M_gh of the heads h, for every head g"""
-        return (self.head_mixing @ read.unflatten(-1, (self.n_heads, -1))).flatten(-2)
+        """(B, L, D) -> (B, L, D): sum_h M_gh of the heads h, for every head g. Channel c belongs to head c mod H: so this is one product
+        with a small matrix, on the numbers as they lie."""
+        pairs = torch.kron(self.head_mixing, torch.eye(2, device=read.device, dtype=self.head_mixing.dtype))  # real and imaginary part alike
+        return F.linear(read.unflatten(-1, (-1, 2 * self.n_heads)), pairs).flatten(-2)
 
     @property
     def time_step_bias(self) -> nn.Parameter:

@@ -164,9 +164,9 @@ class Laminar(SequenceModel, LaminarNetConfig):
         real = None if lengths is None else lengths.to(tokens.device, torch.long)
         start = self.start(state, B, tokens.device)
         x, phases, phi = self.embed(tokens, state, start, real)
+        windows = windows_of(self.ratios, L, start, real, free=exporting() and state is None)
         if wanted and state is None:
             state = self.init_state(B, device=tokens.device)
-        windows = windows_of(self.ratios, L, start, real, free=exporting() and state is None)
         strata, sums = [self.embedding_dropout(x)], []
         for i, window in enumerate(windows):
             mean, begun = window.means(strata[-1], None if state is None else state["sums"][i], wanted)
