@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from hydra.utils import instantiate
-from test_models import compose_yaml
+from test_models import OPTION, compose_yaml
 
 import lab
 from lab.models import create_model, initialise
@@ -29,10 +29,10 @@ def create(name: str, ssm_layer: str | None = None, **options):
 def test_it_is_the_model_of_the_yaml(name, ssm_layer):
     """The same modules with the same options: nothing that a YAML says is missing here."""
     words = ["task.vocab_size=11", "task.seq_len=32", "model.d_model=32", "model.n_layers=2", "model.dropout=0.1"]
-    words += ["model.mixer.d_state=8"] if name not in ("gated_mlp", "lot", "transformer") else []
+    words += ["model.mixer.d_state=8"] if name not in ("gated_mlp", "lot", "serriformnet", "transformer") else []
     words += [f"ssm_layer={ssm_layer or 'none'}"] if name in SLOTS else []
     words += ["model.mixer.ssm_layer.d_state=8"] if ssm_layer else []
-    yaml = instantiate(compose_yaml(name, *words).model)
+    yaml = instantiate(compose_yaml(OPTION.get(name, name), *words).model)
     model = create(name, ssm_layer, vocab_size=11, max_seq_len=32)
     assert repr(model) == repr(yaml) and shapes(model) == shapes(yaml)
     initialise(model, 0), initialise(yaml, 0)

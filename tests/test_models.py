@@ -28,6 +28,7 @@ SHRUNK = {  # besides the words of from_yaml
     "h3": ("model.mixer.d_state=8",),
     "h3_attention": ("model.n_layers=3", "model.mixer.h3.d_state=8"),
 }
+OPTION = {"serriformnet": "serriform"}  # in configs/model, of an architecture of another name
 V, L = 11, 9
 
 
@@ -84,7 +85,7 @@ def test_yaml_conforms(name):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba_attention"])
 def test_yaml_conforms_across_the_borders_of_chunks(name):
-    model = from_yaml(name, seq_len=conformance.LONG)
+    model = from_yaml(OPTION.get(name, name), seq_len=conformance.LONG)
     initialise(model, 0)
     conformance.randomise(model, 0)
     conformance.check_borders(model, random_tokens(3, conformance.LONG))
@@ -360,7 +361,7 @@ def test_derived_metrics():
         ({"vocab_size": 0}, "^Stack: vocab_size=0 must be at least 1"),
         ({"max_len": 0}, "^Stack: max_len=0 must be at least 1"),
         ({"max_len": None}, 'position="learned" needs max_len'),
-        ({"position": "sinusoidal"}, "position='sinusoidal'; expected learned or none"),
+        ({"position": "sinusoidal"}, "position='sinusoidal'; expected learned, none, gate, rotate"),
     ],
 )
 def test_wrong_options_are_errors(options, message):

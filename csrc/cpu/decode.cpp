@@ -32,6 +32,21 @@ void embed(Operands o, Call& call) {
   }
 }
 
+// y = table[place - first]
+void place(Operands o, Call& call) {
+  const Rows y = o.rows();
+  const float* table = o.array();
+  const int64_t count = o.number(), width = o.number(), first = o.number();
+  for (int64_t b = 0; b < call.B; b++) {
+    const int64_t at = call.start[b] + call.t - first;
+    if (at < 0 || at >= count) {
+      call.wrong = true;
+      return;
+    }
+    std::memcpy(y[b], table + at * width, width * sizeof *table);
+  }
+}
+
 // y = weight x / rms(x); centred: of x - mean(x). weight and bias may be null.
 void norm(Operands o, Call& call) {
   const Rows y = o.rows(), x = o.rows();
@@ -294,7 +309,7 @@ void oscillate(Operands o, Call& call) {
 using Instruction = void (*)(Operands, Call&);
 constexpr Instruction INSTRUCTIONS[] = {  // in the order of lab/ops/program.py
     embed, norm, linear, map<Sigmoid>, map<Silu>, map<Gelu>, map<Softplus>, map<Relu>, add, multiply, conv, scan, state_space, rotate, attend, oscillate,
-    linear_packed, dplr};
+    linear_packed, dplr, map<Tanh>, place};
 
 // The first of the largest, and NaN is larger than any number: as torch's argmax.
 int64_t argmax(const float* x, int64_t n) {

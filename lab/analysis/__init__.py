@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lab.analysis.plots import plot_attention, plot_delimiter_wave, plot_history
+    from lab.analysis.plots import plot_attention, plot_delimiter_wave, plot_history, plot_receptive_field
     from lab.analysis.state_space_plots import plot_responses, plot_selectivity, plot_spectrum, plot_time_steps
 
 _HOME = {
     "plot_attention": "plots",
     "plot_delimiter_wave": "plots",
     "plot_history": "plots",
+    "plot_receptive_field": "plots",
     "plot_responses": "state_space_plots",
     "plot_selectivity": "state_space_plots",
     "plot_spectrum": "state_space_plots",
@@ -22,6 +23,7 @@ __all__ = [
     "plot_attention",
     "plot_delimiter_wave",
     "plot_history",
+    "plot_receptive_field",
     "plot_responses",
     "plot_selectivity",
     "plot_spectrum",

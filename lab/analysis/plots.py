@@ -3,6 +3,7 @@
     plot_delimiter_wave(run, step)    the phases of one sample, their order and their velocity
     plot_attention(run, step)         the attention weights of one sample, a panel for each head
     plot_history(run, ...)            learning curves, of several runs too
+    plot_receptive_field(run)         how far back a model sees, of several runs too
 
 Those of state spaces: lab/analysis/state_space_plots.py. Each takes `output`, a file to save to (png, pdf, svg by its
 ending). RunError in one sentence where a run lacks what is to be shown.
@@ -54,8 +55,17 @@ def plot_history(
 ) -> Plot:
     """A panel for each metric over the steps: training as a thin line, validation as points. Several runs have a colour each."""
     paths = [logdir] if isinstance(logdir, str | Path) else list(logdir)
-    histories = {_label(path, paths): Run.open(path).history() for path in paths}
+    histories = {label(path, paths): Run.open(path).history() for path in paths}
     return save(learning_curves(histories, metrics), output)
+
+
+def plot_receptive_field(
+    logdir: RunPath | Sequence[RunPath], length: int | None = None, checkpoint: str = "best", output: RunPath | None = None
+) -> Plot:
+    """How strongly the last logit depends on each token before it, measured on the weights of one or several runs. length: tokens; None:
+    enough to show what the models remember, 2,048 at most."""
+    paths = [logdir] if isinstance(logdir, str) or not isinstance(logdir, Sequence) else list(logdir)
+    return save(receptive_fields({label(path, paths): Run.open(path).model(checkpoint) for path in paths}, length), output)
 
 
 # ----------------------------------------------------------------------- drawing
@@ -201,7 +211,35 @@ def learning_curves(histories: Mapping[str, Any], metrics: Sequence[str]) -> Plo
     return figure
 
 
-def _label(path: RunPath, paths: Sequence[RunPath]) -> str:
+def receptive_fields(models: Mapping[str, Any], length: int | None = None) -> Plot:
+    """A line for each model; what its convolutions see ends at the dashed one."""
+    from lab.analysis.receptive_field import SMALL, by_convolution, length_for, measured
+
+    figure = Plot(figsize=(5.6, 3.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for i, (name, model) in enumerate(models.items()):
+        gradient = measured(model, length or length_for(model))
+        gradient = gradient / gradient.max()
+        distance = np.arange(1, len(gradient) + 1)
+        shown = gradient > 0
+        axes.plot(distance[shown], gradient[shown], color=f"C{i}", linewidth=1.2, label=name)
+        tokens = by_convolution(model)
+        if 1 < tokens <= len(gradient):
+            axes.axvline(tokens, color=f"C{i}", linewidth=1, linestyle="--")
+            axes.text(
+                tokens, 1.01, f"{tokens:,}", color=f"C{i}", size=SIZE - 1, ha="center", va="bottom", transform=axes.get_xaxis_transform()
+            )
+    axes.axhline(SMALL, color="grey", linewidth=0.7, linestyle=":")
+    axes.set(xscale="log", yscale="log")
+    axes.set_ylim(bottom=max(1e-7, axes.get_ylim()[0]))
+    axes.set_xlabel("tokens back from the last one, itself included", size=SIZE)
+    axes.set_ylabel("|gradient| / the largest", size=SIZE)
+    axes.tick_params(labelsize=SIZE)
+    axes.legend(fontsize=SIZE - 1, frameon=False, loc="lower left")
+    return figure
+
+
+def label(path: RunPath, paths: Sequence[RunPath]) -> str:
     """The shortest end of a path that no other one has."""
     parts = Path(path).parts
     for n in range(1, len(parts)):

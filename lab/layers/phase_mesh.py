@@ -35,16 +35,22 @@ class PhaseMesh(nn.Module):
 
     def forward(self, length: int, phi: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """phi (P,), or (B, P) where rows stand at different positions; None: the start of a sequence -> embedding (1 or B, L, D) and the
-        phi that continues it, (1 or B, P): after token number lengths[b] (B,) of each row, or after number L.
+        phi that continues it, (1 or B, P): after token number lengths[b] (B,) of each row, or after number L."""
+        phases, last = self.phases(length, phi, lengths)
+        return self.waves(phases), last
 
-        Phases are float64: in float32 the same rounding error at every step adds up to 0.02 radians in 10^5 steps.
-        """
+    def phases(self, length: int, phi: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As forward, with the phases themselves (1 or B, L, P). They are float64: in float32 the same rounding error at every step adds up
+        to 0.02 radians in 10^5 steps."""
         phi = self.initial_phase() if phi is None else phi
         rows = 1 if phi.ndim == 1 else phi.shape[0]
         still, one = self.omega.new_zeros(rows, length, *self.omega.shape), torch.ones_like(self.omega)
-        theta, last = kuramoto_scan(phi.double(), still, self.omega, one, self.K, 1.0, lengths, form="mesh")
-        theta = theta.float()
-        return self.proj(torch.cat([theta.cos(), theta.sin()], -1).to(self.proj.weight.dtype)), last
+        return kuramoto_scan(phi.double(), still, self.omega, one, self.K, 1.0, lengths, form="mesh")
+
+    def waves(self, phases: Tensor) -> Tensor:
+        """phases (..., P) -> W [cos; sin] (..., D)"""
+        phases = phases.to(torch.promote_types(self.proj.weight.dtype, torch.float32))
+        return self.proj(torch.cat([phases.cos(), phases.sin()], -1).to(self.proj.weight.dtype))
 
     def initial_phase(self) -> Tensor:
         """phi_0 (P,)"""

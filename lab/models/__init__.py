@@ -2,6 +2,11 @@
 
 from lab.models.base import SequenceModel, evaluating, initialise
 from lab.models.create import create_model
+from lab.models.laminar import Laminar, LaminarNet, LaminarNetConfig
+from lab.models.serriform import SerriformNet
 from lab.models.stack import Block, Stack
 
-__all__ = ["Block", "SequenceModel", "Stack", "create_model", "evaluating", "initialise"]
+__all__ = [
+    "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "SerriformNet", "Stack", "create_model", "evaluating",
+    "initialise",
+]  # fmt: skip

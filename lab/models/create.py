@@ -1,7 +1,7 @@
 """`create_model("h3", "s4", d_model=256, num_layers=4)`: a model by name, in plain Python, without a config.
 
 With `vocab_size` it maps tokens (B, L) to logits (B, L, V), without floats (B, L, D) to floats (B, L, D). The models are those of
-configs/model/ by the same names, and what stands in a slot that of configs/ssm_layer/.
+configs/model/ by the same names (serriformnet: serriform), and what stands in a slot that of configs/ssm_layer/.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
-from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer
+from lab.mixers import (
+    Attention, GatedMLP, GeometricDriftField, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer, Serriform,
+)  # fmt: skip
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
+from lab.models.laminar import Laminar
 from lab.models.stack import Stack
 
 
@@ -33,14 +36,15 @@ ARCHITECTURES = {
     "s4": Architecture(S4Layer, STATE_SPACE),
     "s4d": Architecture(S4DLayer, STATE_SPACE),
     "s5": Architecture(S5Layer, STATE_SPACE),
+    "serriformnet": Architecture(Serriform, {"d_ff": 0, "position": "gate", "norm": "rms"}),
     "transformer": Architecture(partial(Attention, n_heads=8)),
 }
 LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}
 """What a slot takes."""
 
-LATER = ("laminarnet", "serriformnet")
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
+OF_LAMINAR = {**OURS, "max_seq_len": "seq_len"}
 
 
 def create_model(
@@ -55,17 +59,20 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: gated_mlp, h3, lot, mamba, s4, s4d, s5, transformer (with architecture_kwargs={"kind": "decoder"}). ssm_layer:
-    mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state
-    space of its paper and mamba the selective scan, which it also has with mamba.
+    """architecture: gated_mlp, h3, laminarnet, lot, mamba, s4, s4d, s5, serriformnet, transformer (with architecture_kwargs={"kind":
+    "decoder"}). ssm_layer: mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3
+    has the diagonal state space of its paper and mamba the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
     layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
-    positions are learned. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
+    there are positions. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
     """
-    if architecture in LATER:
-        raise ValueError(f"create_model: architecture {architecture} is not there yet; there are {', '.join(ARCHITECTURES)}")
-    _expect("architecture", architecture, ARCHITECTURES)
+    _expect("architecture", architecture, (*ARCHITECTURES, "laminarnet"))
+    _check_general(d_model, num_layers, dropout)
+    if architecture == "laminarnet":
+        if ssm_layer is not None:
+            raise ValueError(f"create_model: laminarnet has no place for an ssm_layer, got {ssm_layer}; leave it out")
+        return _laminarnet(layer_kwargs, architecture_kwargs, vocab_size, d_model, num_layers, max_seq_len, dropout)
     layer, defaults, own = ARCHITECTURES[architecture]
     if ssm_layer is not None:
         _expect("ssm_layer", ssm_layer, LAYERS)
@@ -75,7 +82,7 @@ def create_model(
 
     kinds = {"kind"} if architecture == "transformer" else set()
     valid = {
-        "layer_kwargs": _arguments(inside or layer) - {"d_model", "ssm_layer"},
+        "layer_kwargs": _arguments(inside or layer) - {"d_model", "layer", "ssm_layer"},
         "architecture_kwargs": _arguments(Stack) - {"mixer", "pattern"} | kinds | set(own),
     }
     of_layer = _checked("layer_kwargs", layer_kwargs, valid)
@@ -87,9 +94,6 @@ def create_model(
         if kind != "decoder":
             raise ValueError(f'create_model: a transformer of kind {kind} is not there yet; architecture_kwargs={{"kind": "decoder"}} is')
 
-    check_at_least("create_model", 1, d_model=d_model, num_layers=num_layers)
-    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-        raise ValueError(f"create_model: dropout={dropout!r} must be a number from 0 to 1")
     general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "max_len": max_seq_len, "dropout": dropout}
     arguments = {**general, **defaults, **of_stack}
     if arguments["vocab_size"] is None:
@@ -104,6 +108,31 @@ def create_model(
     return Stack(mixer=_partial(layer, offered, of_block), **arguments)
 
 
+def _check_general(d_model: Any, num_layers: Any, dropout: Any) -> None:
+    check_at_least("create_model", 1, d_model=d_model, num_layers=num_layers)
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(f"create_model: dropout={dropout!r} must be a number from 0 to 1")
+
+
+def _laminarnet(
+    layer_kwargs: Mapping[str, Any] | None,
+    architecture_kwargs: Mapping[str, Any] | None,
+    vocab_size: int | None,
+    d_model: int,
+    num_layers: int,
+    max_seq_len: int,
+    dropout: float,
+) -> Laminar:
+    """Its layer is the drift field, whose arguments are among those of the model."""
+    valid = {"layer_kwargs": _arguments(GeometricDriftField) - {"d_model"}, "architecture_kwargs": _arguments(Laminar)}
+    general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "seq_len": max_seq_len, "dropout": dropout}
+    of_layer = _checked("layer_kwargs", layer_kwargs, valid, OF_LAMINAR)
+    of_model = _checked("architecture_kwargs", architecture_kwargs, valid, OF_LAMINAR)
+    if twice := of_layer.keys() & of_model.keys():
+        raise ValueError(f"create_model: {min(twice)} is given twice, in layer_kwargs and in architecture_kwargs")
+    return Laminar(**{**general, **of_layer, **of_model})
+
+
 def _partial(layer: Callable[..., Mixer], offered: Mapping[str, Any], given: Mapping[str, Any]) -> Callable[..., Mixer]:
     """The layer with what it takes of the arguments that are offered, and with those that are given."""
     taken = {name: value for name, value in offered.items() if name in _arguments(layer)}
@@ -114,13 +143,15 @@ def _arguments(callable_: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(callable_).parameters)
 
 
-def _checked(what: str, given: Mapping[str, Any] | None, valid: Mapping[str, Collection[str]]) -> dict[str, Any]:
+def _checked(
+    what: str, given: Mapping[str, Any] | None, valid: Mapping[str, Collection[str]], ours_of: Mapping[str, str] = OURS
+) -> dict[str, Any]:
     """A copy, with the names of the arguments for the documented ones. valid: the names for `what`, and for the other dictionary."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"create_model: {what} must be a dict of arguments, got {given!r}")
     ours: dict[str, Any] = {}
     for documented, value in (given or {}).items():
-        name = OURS.get(documented, documented)
+        name = ours_of.get(documented, documented)
         for other, names in valid.items():
             if name not in valid[what] and name in names:
                 raise ValueError(f"create_model: {what} {name} does not exist; it belongs in {other}")

@@ -1,27 +1,30 @@
-"""The trunk: token embedding, learned positions, n pre-norm blocks of a mixer and an MLP, final norm, untied head.
+"""The trunk: token embedding, positions, n pre-norm blocks of a mixer and an MLP, final norm, untied head.
 
 With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT), with
-`lab.mixers.MambaLayer`, no MLP and RMS norms Mamba. Layers may have different mixers.
+`lab.mixers.MambaLayer`, no MLP and RMS norms Mamba, with `lab.mixers.Serriform` and positions that gate SerriformNet. Layers may have
+different mixers.
 B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]}.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.config.errors import hint
-from lab.layers import MLP, Embedding
+from lab.layers import MLP, Embedding, Gate, Rotate
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
+Position = Literal["learned", "none", "gate", "rotate"]
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
@@ -53,11 +56,12 @@ class Block(nn.Module):
 
 class Stack(SequenceModel):
     """vocab_size: None for a model without embedding and head, which maps floats (B, L, D) to floats (B, L, D). mixer: called as
-    mixer(d_model=d_model) once per layer; a list of mixers is used in turn, and of mixers with names `pattern` says which one each layer
-    has; either repeats until n_layers, which must be a multiple. d_ff: None means 4 d_model, 0 no MLP. dropout: on the embedding and both
-    branches of a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no
-    limit. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its weights with the
-    embedding, and has no bias."""
+    mixer(d_model=d_model) once per layer, and with layer=i where it takes that; a list of mixers is used in turn, and of mixers with names
+    `pattern` says which one each layer has; either repeats until n_layers, which must be a multiple. d_ff: None means 4 d_model, 0 no MLP.
+    dropout: on the embedding and both branches of a block. position: "learned" adds a table of max_len rows; "gate" and "rotate" project
+    the embedding and let the place act on it (lab/layers/rotary.py), with max_len as a limit, None for none; "none" has no positions and
+    no limit. A sequence beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied:
+    the head shares its weights with the embedding, and has no bias."""
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class Stack(SequenceModel):
         d_ff: int | None = None,
         dropout: float = 0.0,
         max_len: int | None = None,
-        position: Literal["learned", "none"] = "learned",
+        position: Position = "learned",
         norm: Literal["layer", "rms"] = "layer",
         tied: bool = False,
         norm_eps: float = 1e-5,
@@ -80,10 +84,10 @@ class Stack(SequenceModel):
         check_at_least("Stack", 0, d_ff=d_ff)
         if vocab_size is not None:
             check_at_least("Stack", 1, vocab_size=vocab_size)
-        if position == "learned" and max_len is not None:
+        if position != "none" and max_len is not None:
             check_at_least("Stack", 1, max_len=max_len)
-        if position not in ("learned", "none"):
-            raise ValueError(f"Stack: position={position!r}; expected learned or none")
+        if position not in get_args(Position):
+            raise ValueError(f"Stack: position={position!r}; expected {', '.join(get_args(Position))}")
         if norm not in NORMS:
             raise ValueError(f"Stack: norm={norm!r}; expected layer or rms")
         if not norm_eps > 0:
@@ -93,12 +97,13 @@ class Stack(SequenceModel):
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.d_model = d_model
-        self.max_len = max_len if position == "learned" else None
+        self.max_len = max_len if position != "none" else None
         self.embedding = nn.Identity() if vocab_size is None else Embedding(vocab_size, d_model)
-        self.position = Embedding(self.max_len, d_model) if self.max_len is not None else None
+        self.position = _position(position, d_model, max_len)
         self.dropout = nn.Dropout(dropout)
         makes, make_norm = per_layer(mixer, pattern, n_layers), partial(NORMS[norm], eps=norm_eps)
-        self.blocks = nn.ModuleList(Block(d_model, make(d_model=d_model), d_ff, dropout, make_norm) for make in makes)
+        mixers = [make(d_model=d_model, **({"layer": i} if takes_layer(make) else {})) for i, make in enumerate(makes)]
+        self.blocks = nn.ModuleList(Block(d_model, mixer, d_ff, dropout, make_norm) for mixer in mixers)
         self.norm = make_norm(d_model)
         self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
@@ -147,16 +152,19 @@ class Stack(SequenceModel):
             raise ValueError(f"Stack: token {low if low < 0 else high} is not in the vocabulary, 0..{most}") from None
         if self.position is None:
             return x
-        length = tokens.shape[1]
+        L = tokens.shape[1]
         if state is None:
             if not recording():
-                self.check_length(length, "the sequence")
-            return x + self.position.weight[:length]
-        if not checked and not recording():  # generate has checked: reading a position back each step would stall a GPU
-            end = state["position"] + (length if lengths is None else lengths)
-            self.check_length(int(end.max()), "the state with the new tokens")
-        offset = torch.arange(length, device=tokens.device)
+                self.check_length(L, "the sequence")
+            if isinstance(self.position, Embedding):
+                return x + self.position.weight[:L]
+            return self.position(x, torch.arange(L, device=tokens.device))
+        if not checked and not recording() and self.max_len is not None:  # generate has checked: reading a position back stalls a GPU
+            self.check_length(int((state["position"] + (L if lengths is None else lengths)).max()), "the state with the new tokens")
+        offset = torch.arange(L, device=tokens.device)
         place = state["position"][:, None] + offset
+        if not isinstance(self.position, Embedding):
+            return self.position(x, place)
         if lengths is not None:
             place = torch.where(offset < lengths[:, None], place, 0)  # padding may reach beyond the table
         return x + self.position(place)
@@ -193,7 +201,10 @@ class Stack(SequenceModel):
         if isinstance(self.embedding, nn.Identity):
             raise NotCompiled("a Stack without vocab_size has no tokens to decode")
         without_dropout(self.dropout)
-        x = p.embed(self.embedding, self.position)
+        learned = self.position if isinstance(self.position, Embedding) else None
+        x = p.embed(self.embedding, learned)
+        if self.position is not learned:
+            x = part(self.position).program(p, x, state["position"])
         for block, layer in zip(self.blocks, state["layers"], strict=True):
             with p.scratch():
                 part(block).program(p, x, layer)
@@ -207,13 +218,29 @@ class Stack(SequenceModel):
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
 
 
-def check_lengths(lengths: Tensor, tokens: Tensor) -> None:
+def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | None:
+    match kind:
+        case "learned":
+            return Embedding(cast(int, max_len), d_model)
+        case "gate":
+            return Gate(d_model)
+        case "rotate":
+            return Rotate(d_model)
+    return None
+
+
+def takes_layer(make: Callable[..., Mixer]) -> bool:
+    """Whether a mixer is made for its number in the stack; not one to which another number was given."""
+    return "layer" in inspect.signature(make).parameters and "layer" not in getattr(make, "keywords", {})
+
+
+def check_lengths(lengths: Tensor, tokens: Tensor, owner: str = "Stack") -> None:
     """ValueError for lengths that are not one of 0 .. L for each row; on a GPU, which a look at them would stall, only for their number."""
     B, L = tokens.shape[:2]
     if lengths.shape != (B,):
-        raise ValueError(f"Stack: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
+        raise ValueError(f"{owner}: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
     if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
-        raise ValueError(f"Stack: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
+        raise ValueError(f"{owner}: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
 
 
 def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:

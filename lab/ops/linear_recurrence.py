@@ -59,7 +59,10 @@ def _in_pairs(a: Tensor, x: Tensor, h0: Tensor | None, lengths: Tensor | None) -
     if exporting():  # a file holds real numbers
         start = torch.zeros_like(x[:, 0], dtype=dtype) if h0 is None else h0.to(dtype)
         h = exported(a.to(dtype), x.to(dtype), start)
-        return h, h[:, -1]
+        if lengths is None:
+            return h, h[:, -1]
+        index = lengths.to(h.device, torch.long)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        return h, torch.cat([start[:, None], h], 1).gather(1, index)[:, 0]
     a, x = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (a, x))
     h, last = linear_recurrence(a, x, None if h0 is None else torch.view_as_complex(h0.to(dtype).contiguous()), lengths)
     return torch.view_as_real(h), torch.view_as_real(last)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 GROUP = 16  # numbers of adjacent channels that the kernel keeps together; every region begins at a multiple of it
 INSTRUCTIONS = (
     "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "relu", "add", "multiply", "conv", "scan", "state_space", "rotate",
-    "attend", "oscillate", "linear_packed", "dplr",
+    "attend", "oscillate", "linear_packed", "dplr", "tanh", "place",
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
 
@@ -120,6 +120,13 @@ class Program:
         self._emit("embed", x, self.weight(rows[0]), *rows[0].shape, self.weight(rows[1]) if places else None, len(rows[-1]))
         return x
 
+    def place(self, table: Tensor, first: int) -> Value:
+        """The row of a table (places, width) for the token's place, whose first one is that of place number `first`."""
+        self._check(table.ndim == 2, "place", NOTHING)
+        y = self.value(table.shape[1])
+        self._emit("place", y, self.weight(table), *table.shape, first)
+        return y
+
     def norm(self, module: nn.Module, x: Value) -> Value:
         """nn.LayerNorm or nn.RMSNorm over all of x."""
         kind = nn.RMSNorm if isinstance(module, nn.RMSNorm) else nn.LayerNorm
@@ -143,9 +150,9 @@ class Program:
         self._emit("linear", y, x, self.weight(weight), None if bias is None else self.weight(bias), *weight.shape)
         return y
 
-    def apply(self, function: Literal["sigmoid", "silu", "gelu", "softplus", "relu"], x: Value) -> Value:
+    def apply(self, function: Literal["sigmoid", "silu", "gelu", "softplus", "relu", "tanh"], x: Value) -> Value:
         """A function of each number; gelu is the exact one."""
-        if function not in ("sigmoid", "silu", "gelu", "softplus", "relu"):
+        if function not in ("sigmoid", "silu", "gelu", "softplus", "relu", "tanh"):
             raise ValueError(f"program: apply has no {function}")
         y = self.value(x.width)
         self._emit(function, y, x, x.width)

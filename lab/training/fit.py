@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
+from lab.analysis import receptive_field
 from lab.config import ConfigError, MistakeError, config_hash
 from lab.files import write_json
 from lab.memory import reusing_memory, why_not_reuse
@@ -208,4 +209,6 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     print(f"run:   {run.path}")
     print(f"task:  {experiment.task.describe()}")
     print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
+    if (seen := receptive_field.summary(experiment.model)) is not None:
+        print(f"sees:  {seen}")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
