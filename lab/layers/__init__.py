@@ -1,6 +1,8 @@
 """Parts that several models share."""
 
 from lab.layers.embedding import Embedding
+from lab.layers.feed_forward import FeedForward
 from lab.layers.mlp import MLP
+from lab.layers.moe import MoE
 
-__all__ = ["MLP", "Embedding"]
+__all__ = ["MLP", "Embedding", "FeedForward", "MoE"]
