@@ -33,8 +33,8 @@ from lab.ops.grouped_matmul import grouped_matmul
 class MoE(FeedForward):
     """d_ff: the width of each expert, None means 4 d_model. capacity_factor: in training an expert takes at most
     ceil(capacity_factor k T / E) of T real tokens, first choices before second ones, earlier tokens before later ones; beyond that the
-    choice is dropped, and its share of y with it. None: no limit. Evaluation and decoding drop nothing. router_noise: the standard deviation
-    of the noise on the logits, in training."""
+    choice is dropped, and its share of y with it. None: no limit. Evaluation and decoding drop nothing. router_noise: the standard
+    deviation of the noise on the logits, in training."""
 
     loss_names = ("balance", "entropy", "z")
 

@@ -60,11 +60,10 @@ class Block(nn.Module):
 class Stack(SequenceModel):
     """vocab_size: None for a model without embedding and head, which maps floats (B, L, D) to floats (B, L, D). mixer: called as
     mixer(d_model=d_model) once per layer; a list of mixers is used in turn, and of mixers with names `pattern` says which one each layer
-    has; either repeats until n_layers, which must be a multiple. feed_forward: called as feed_forward(d_model=d_model) once per layer; None: an MLP of
-    width d_ff, None means 4 d_model, 0 no MLP. dropout: on the embedding and both
-    branches of a block. position: "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no
-    limit. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its weights with the
-    embedding, and has no bias."""
+    has; either repeats until n_layers, which must be a multiple. feed_forward: called as feed_forward(d_model=d_model) once per layer;
+    None: an MLP of width d_ff, where None means 4 d_model, and 0 no MLP. dropout: on the embedding and both branches of a block. position:
+    "learned" adds a table of max_len rows, and a longer sequence is an error; "none" has no table and no limit. norm: "layer" or "rms";
+    norm_eps is added to the variance or the mean square. tied: the head shares its weights with the embedding, and has no bias."""
 
     def __init__(
         self,
@@ -119,9 +118,9 @@ class Stack(SequenceModel):
         if tied:
             self.head.weight = self.embedding.weight
         self.causal = all(mixer.causal for mixer in self.mixers)
-        feeds = [block.mlp for block in self.blocks if block.mlp is not None]
-        self.loss_names = tuple(dict.fromkeys(name for layer in (*self.mixers, *feeds) for name in layer.loss_names))
-        self.mean_shapes = {name: (n_layers, *shape) for layer in feeds[:1] for name, shape in layer.mean_shapes().items()}
+        layers: list[Mixer | FeedForward] = [*self.mixers, *self.feed_forwards]
+        self.loss_names = tuple(dict.fromkeys(name for layer in layers for name in layer.loss_names))
+        self.mean_shapes = {name: (n_layers, *shape) for layer in self.feed_forwards[:1] for name, shape in layer.mean_shapes().items()}
 
     def forward(
         self,
@@ -196,8 +195,7 @@ class Stack(SequenceModel):
         return after, losses, gathered([out.record for out in outputs]), means
 
     def losses_of(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        feed = self.blocks[0].mlp
-        return {name: loss.mean() for name, loss in feed.losses(means).items()} if means else {}
+        return {name: loss.mean() for name, loss in self.feed_forwards[0].losses(means).items()} if means else {}
 
     def init_state(
         self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -224,6 +222,10 @@ class Stack(SequenceModel):
     @property
     def mixers(self) -> list[Mixer]:
         return [cast(Mixer, block.mixer) for block in self.blocks]
+
+    @property
+    def feed_forwards(self) -> list[FeedForward]:
+        return [cast(FeedForward, block.mlp) for block in self.blocks if block.mlp is not None]
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}

@@ -12,6 +12,6 @@ from lab.ops.selective_scan import selective_scan
 from lab.ops.ssm_kernel import ssm_kernel
 
 __all__ = [
-    "causal_conv", "cauchy_kernel", "dplr_scan", "every", "fft_conv", "force", "forced", "forget", "grouped_matmul", "kuramoto_scan", "linear_recurrence",
-    "ops", "recording", "selective_scan", "ssm_kernel", "use", "used",
+    "causal_conv", "cauchy_kernel", "dplr_scan", "every", "fft_conv", "force", "forced", "forget", "grouped_matmul", "kuramoto_scan",
+    "linear_recurrence", "ops", "recording", "selective_scan", "ssm_kernel", "use", "used",
 ]  # fmt: skip
