@@ -35,7 +35,8 @@ def make(
 # Every combination of parts; of layer 1 the convolution reaches over 3 * 4 tokens, more than the 9 of these checks
 
 
-PARTS = [dict(zip(("use_conv", "use_recurrence", "use_lowrank_ff"), on, strict=True)) for on in itertools.product((True, False), repeat=3)]
+NAMES = "use_conv", "use_recurrence", "use_moe", "use_lowrank_ff"
+PARTS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product((True, False), repeat=4)]
 COMBINATIONS = [{"topology": "sequential", "rope_mode": ("gate", "rotate")[i % 2], **parts} for i, parts in enumerate(PARTS)]
 COMBINATIONS += [  # one part alone has nothing beside it
     {"topology": "parallel", "rope_mode": ("rotate", "gate")[i % 2], **parts}
@@ -43,6 +44,7 @@ COMBINATIONS += [  # one part alone has nothing beside it
     if parts["use_conv"] and parts["use_recurrence"]
 ]
 FAR = {"conv_kernel_size": 4, "conv_dilation_growth": 4.0}
+SMALL = {"d_ff": 8, "n_experts": 3}
 
 
 @pytest.mark.parametrize("config", COMBINATIONS, ids=lambda c: "-".join(str(v)[:5] for v in c.values()))

@@ -1,7 +1,9 @@
 """Parts that several models share."""
 
 from lab.layers.embedding import Embedding
+from lab.layers.feed_forward import FeedForward
 from lab.layers.mlp import MLP
+from lab.layers.moe import MoE
 from lab.layers.rotary import Gate, Rotate, angles, rotated
 
-__all__ = ["MLP", "Embedding", "Gate", "Rotate", "angles", "rotated"]
+__all__ = ["MLP", "Embedding", "FeedForward", "Gate", "MoE", "Rotate", "angles", "rotated"]
