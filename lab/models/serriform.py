@@ -46,15 +46,12 @@ class SerriformNet(Stack):
         rope_mode = options.get("rope_mode", "gate")
         if rope_mode not in ("gate", "rotate"):
             raise ValueError(f"SerriformNet: rope_mode={rope_mode!r}; expected gate or rotate")
-        mixer, moe = (
-            partial(part, **{name: value for name, value in options.items() if name in names})
-            for part, names in ((Serriform, of_mixer), (MoE, of_moe))
-        )
+        moe = partial(MoE, **{name: value for name, value in options.items() if name in of_moe})
         super().__init__(
             vocab_size,
             dim,
             num_layers,
-            mixer,
+            partial(Serriform, **{name: value for name, value in options.items() if name in of_mixer}),
             d_ff=0,
             dropout=dropout,
             max_len=max_seq_len,
