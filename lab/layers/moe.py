@@ -112,7 +112,7 @@ class MoE(FeedForward):
 
     def dense(self, tokens: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
         """The same for a file, in operators that every format has: all tokens through all experts, those not chosen times 0."""
-        share = torch.zeros(len(tokens), self.n_experts, dtype=weight.dtype, device=weight.device).scatter(1, choice, weight)
+        share = torch.zeros(tokens.shape[0], self.n_experts, dtype=weight.dtype, device=weight.device).scatter(1, choice, weight)
         out = ACTIVATIONS[self.activation](tokens @ self.up) @ self.down  # (E, T, D)
         return (out * share.T[..., None]).sum(0)
 
