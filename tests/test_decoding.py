@@ -11,6 +11,7 @@ from torch import nn
 
 from lab import ops
 from lab.analysis.conformance import randomise
+from lab.layers import MoE
 from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer
 from lab.models import Stack, initialise
 from lab.models.decoding import Continuation
@@ -255,8 +256,8 @@ def test_what_only_the_model_can_do(change, reason):
 @built
 def test_a_part_without_a_program():
     model = make("attention")
-    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp.up, nn.ReLU(), model.blocks[0].mlp.down).eval()
-    assert continuation(model).program == "Sequential has no program"
+    model.blocks[0].mlp = MoE(20).eval()
+    assert continuation(model).program == "MoE has no program"
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 5)
 
 

@@ -68,9 +68,12 @@ def test_accumulation_is_one_batch_in_pieces(ragged):
 
 @pytest.mark.parametrize(("model", "killed_at"), [pytest.param("transformer", None, marks=pytest.mark.slow), ("lot", 7)])
 def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
-    """DDP over gloo: the same global batches, the same curve; interrupted by SIGTERM to the first process and resumed as well."""
+    """DDP over gloo: the same global batches, the same curve and weights; interrupted by SIGTERM to the first process and resumed as
+    well. With experts, whose balance is no mean over tokens: ranks must take the loss of all their tokens, not the mean of their losses."""
     (ragged / "killer.py").write_text(KILLER)
     line = [*RAGGED_TASK, f"model={model}", "trainer.batch_size=8", "trainer.accumulate=2", "+callbacks.killer._target_=killer.Killer"]
+    if model == "lot":
+        line[:0] = ["feed_forward=moe", "loss_weights.balance=1.0", "loss_weights.entropy=1.0"]
     line += ["+callbacks.killer.number=15", f"+callbacks.killer.step={killed_at or 10**6}"]
     train(compose([*line[:-1], "+callbacks.killer.step=1000000", "run_dir=one"]))
     two = [*line, "run_dir=two", "trainer.devices=2", "trainer.strategy=ddp"]
@@ -87,6 +90,8 @@ def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
         for name in a:
             if name != "train/tokens_per_second":
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+    for name, value in weights(Run("one")).items():
+        torch.testing.assert_close(weights(Run("two"))[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_loss_that_fails_on_one_rank_stops_all_with_its_sentence(ragged, command):

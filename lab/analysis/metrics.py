@@ -68,6 +68,28 @@ class TokenScores(Metric):
         return {"ce_loss": ce_loss} | {name: scores[name] for name in self.names} | {"by_position": by_position}
 
 
+class TokenMeans(Metric):
+    """Means over real tokens, of the names and shapes of a model's `mean_shapes`: over all batches and ranks."""
+
+    full_state_update = False
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.names = tuple(shapes)
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name, shape in shapes.items():
+            self.add_state(f"sum_{name}", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.tokens: Tensor
+
+    def update(self, means: Mapping[str, Tensor], tokens: int) -> None:
+        self.tokens += tokens
+        for name in self.names:
+            setattr(self, f"sum_{name}", getattr(self, f"sum_{name}") + tokens * means[name].double())
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"sum_{name}") / self.tokens for name in self.names}
+
+
 class Evaluation(nn.Module):
     """Everything that a model is scored by on one split of a task: the same object serves validation and lab-eval.
 
@@ -78,6 +100,7 @@ class Evaluation(nn.Module):
         super().__init__()
         self.tokens = TokenScores(task.seq_len * scale, task.metrics)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
+        self.means = TokenMeans(model.mean_shapes)
         self.free = MeanMetric()
         self.prompt_len = None if task.prompt_len is None else (task.prompt_len - 1) * scale + 1
         self.free_samples = free_samples if self.prompt_len is not None else 0
@@ -90,6 +113,8 @@ class Evaluation(nn.Module):
         weight = batch.inputs.numel() if batch.lengths is None else int(batch.lengths.sum())
         for name, metric in self.losses.items():
             metric.update(out.losses[name], weight)
+        if model.mean_shapes:
+            self.means.update(out.means, weight)
         if self.free_left > 0:
             matches = free_running_matches(model, batch, self.prompt_len or 1)[: self.free_left]
             self.free.update(matches.float())
@@ -101,6 +126,8 @@ class Evaluation(nn.Module):
         # reshape: torchmetrics turns a tensor of one element into a scalar
         by_position = [None if value != value else value for value in metrics.pop("by_position").reshape(-1).tolist()]
         losses = {name: metric.compute() for name, metric in self.losses.items()}
+        if model.mean_shapes:  # not the mean of the batches' losses, which would depend on their size
+            losses |= model.losses_of(self.means.compute())
         metrics |= losses | {f"mean_{name}": value for name, value in model.derived_metrics(losses).items()}
         if self.free_samples:
             metrics["exact_match_free"] = self.free.compute()
@@ -108,7 +135,7 @@ class Evaluation(nn.Module):
 
     def reset(self, world: int = 1) -> None:
         """Forgets all batches; this rank then decodes its share of the free samples."""
-        for metric in (self.tokens, self.free, *self.losses.values()):
+        for metric in (self.tokens, self.means, self.free, *self.losses.values()):
             metric.reset()
         self.free_left = -(-self.free_samples // world)
 

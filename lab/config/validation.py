@@ -57,8 +57,12 @@ def _check(config: Config, root: Root, trust: list[str] | None, late: bool) -> N
                 raise
             value = lookup(tree, mistake.key)
             for choice in config.choices:
-                if value and isinstance(value[0], str) and choice.rpartition("@")[2] in (dotted(mistake.key), mistake.key[-1]):
+                if not value or choice.rpartition("@")[2] not in (dotted(mistake.key), mistake.key[-1]):
+                    continue
+                if isinstance(value[0], str):
                     mistake.problem += f"; an option is chosen by {choice}={value[0]}, in a file by `override /{choice}: {value[0]}`"
+                elif isinstance(value[0], dict) and "_target_" not in value[0]:
+                    mistake.problem += f"; an option, whose values these may be, is chosen by {choice}=NAME"
             raise
 
 

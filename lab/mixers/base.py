@@ -31,6 +31,9 @@ class Output(NamedTuple):
     state: State = None
     losses: Mapping[str, Tensor] = {}  # named, unweighted scalars
     record: Mapping[str, Any] = {}  # diagnostics: tensors at mixer level, lists over the layers at model level
+    means: Mapping[
+        str, Tensor
+    ] = {}  # means over real tokens that losses are functions of; at model level the layers stacked, (n_layers, ...)
 
 
 def check_want(want: tuple[str, ...]) -> None:

@@ -9,17 +9,14 @@ token is computed by itself. Record: that of the state space.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lab.layers.activation import ACTIVATIONS, Activation, check_activation
 from lab.mixers.base import Mixer, Output, State, check_at_least
 from lab.mixers.slot import Slotted
 from lab.ops.program import Program, Value, part
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class GatedMLP(Slotted):
@@ -29,15 +26,14 @@ class GatedMLP(Slotted):
         self,
         d_model: int,
         expand_factor: int = 4,
-        activation: Literal["silu", "gelu", "relu"] = "silu",
+        activation: Activation = "silu",
         ssm_layer: Callable[..., Mixer] | None = None,
     ) -> None:
         super().__init__()
         check_at_least("GatedMLP", 1, d_model=d_model, expand_factor=expand_factor)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"GatedMLP: activation={activation!r}; expected {', '.join(ACTIVATIONS)}")
+        check_activation("GatedMLP", activation)
         self.d_model = d_model
-        self.activation: Literal["silu", "gelu", "relu"] = activation
+        self.activation: Activation = activation
         self.in_proj = nn.Linear(d_model, 2 * expand_factor * d_model)  # W_1, W_2
         self.put(ssm_layer, expand_factor * d_model)
         self.out_proj = nn.Linear(expand_factor * d_model, d_model)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab.layers.activation import ACTIVATIONS, Activation
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, state_type
-from lab.mixers.gated_mlp import ACTIVATIONS
 from lab.ops import causal_conv, linear_recurrence
 from lab.ops.program import Program, Value, without_dropout
 
@@ -45,7 +45,7 @@ class Serriform(Mixer):
         conv_dilation_period: int = 3,
         memory_dim_factor: int = 4,
         ff_reduction_factor: int = 4,
-        activation: Literal["silu", "gelu", "relu"] | None = None,
+        activation: Activation | None = None,
         dropout: float = 0.0,
         allow_no_time_mixing: bool = False,
         layer: int = 0,

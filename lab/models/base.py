@@ -26,6 +26,7 @@ from lab.ops.program import NotCompiled, Program, Value
 class SequenceModel(nn.Module, ABC):
     max_len: int | None = None  # the longest sequence, state included; None: no limit
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that want=("losses",) returns
+    mean_shapes: Mapping[str, tuple[int, ...]] = {}  # of Output.means, which comes with the losses
     causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
@@ -60,6 +61,11 @@ class SequenceModel(nn.Module, ABC):
     def program(self, p: Program, state: State) -> Value:
         """One token through the model as instructions of `p`, which continue `state`; the value that holds the logits."""
         raise NotCompiled(f"{type(self).__name__} has no program")
+
+    def losses_of(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses that are functions of means over tokens, from `Output.means`, or from those of several batches, averaged by their
+        real tokens: a batch in pieces has the losses of the whole. A loss that is a mean itself is not among them."""
+        return {}
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Metrics that follow from the unweighted losses, as {"sync_order": 1 - losses["sync"]}."""

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
+from lab.layers import MoE
 from lab.mixers import (
     Attention, GatedMLP, GeometricDriftField, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer, Serriform,
 )  # fmt: skip
@@ -36,7 +37,7 @@ ARCHITECTURES = {
     "s4": Architecture(S4Layer, STATE_SPACE),
     "s4d": Architecture(S4DLayer, STATE_SPACE),
     "s5": Architecture(S5Layer, STATE_SPACE),
-    "serriformnet": Architecture(Serriform, {"d_ff": 0, "position": "gate", "norm": "rms"}),
+    "serriformnet": Architecture(Serriform, {"d_ff": 0, "position": "gate", "norm": "rms", "feed_forward": MoE}),
     "transformer": Architecture(partial(Attention, n_heads=8)),
 }
 LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}

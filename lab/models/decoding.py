@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 
-from lab.mixers.base import State
+from lab.layers import FeedForward
+from lab.mixers.base import Mixer, State
 from lab.ops import native
 from lab.ops.backend import Backend, Op
 from lab.ops.interpreter import Loaded
@@ -79,6 +80,8 @@ def unsuited(model: nn.Module) -> str | None:
             return f"{what} has hooks, which must see every step"
         if own := [attribute for attribute in vars(module) if callable(getattr(type(module), attribute, None))]:
             return f"{what} has a {own[0]} of its own"
+        if getattr(type(module), "program", None) in (FeedForward.program, Mixer.program):
+            return f"{type(module).__name__} has no program"
         if hasattr(module, "program") and (changed := changed_since(type(module), "program")):
             return f"{type(module).__name__} changes {changed} of a class whose program it inherits"
     return None

@@ -1,6 +1,6 @@
 """SerriformNet by its documented constructor: the stack of `model=serriform`, in plain Python.
 
-    model = SerriformNet(vocab_size=50257, dim=512, num_layers=12, arch_config={"use_recurrence": False, "conv_kernel_size": 5})
+    model = SerriformNet(vocab_size=50257, dim=512, num_layers=12, arch_config={"use_moe": False, "conv_kernel_size": 5})
 
 What the documentation calls past_key_values is the state: model.prefill(prompt) returns it, model.step(token, state) goes on with it.
 """
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from lab.config.errors import hint
+from lab.layers import MoE
 from lab.mixers import Serriform
 from lab.models.stack import Stack
 
@@ -20,9 +21,10 @@ GIVEN = ("d_model", "layer")  # by the stack
 
 
 class SerriformNet(Stack):
-    """arch_config: arguments of `lab.mixers.Serriform`, and rope_mode, gate or rotate; those that are left out keep their defaults, and it
-    is left as it is. dropout: on the embedding and on both branches of a block; arch_config has one for inside of the mixer. A sequence
-    longer than max_seq_len is an error; None is no limit. ValueError for a name that does not exist, with the nearest one."""
+    """arch_config: arguments of `lab.mixers.Serriform` and of `lab.layers.MoE`, use_moe, and rope_mode, gate or rotate; those that are left
+    out keep their defaults, and it is left as it is. Its activation is that of the experts, too. dropout: on the embedding and on the
+    branches of a block; arch_config has one for inside of the mixer. A sequence longer than max_seq_len is an error; None is no limit.
+    ValueError for a name that does not exist, with the nearest one."""
 
     def __init__(
         self,
@@ -36,22 +38,24 @@ class SerriformNet(Stack):
         if arch_config is not None and not isinstance(arch_config, Mapping):
             raise ValueError(f"SerriformNet: arch_config must be a dict of arguments, got {arch_config!r}")
         options = dict(arch_config or {})
-        of_mixer = set(inspect.signature(Serriform).parameters) - {*GIVEN}
-        valid = {"rope_mode", *of_mixer}
+        of_mixer, of_moe = (set(inspect.signature(part).parameters) - {*GIVEN} for part in (Serriform, MoE))
+        valid = {"rope_mode", "use_moe", *of_mixer, *of_moe}
         for name in options:
             if name not in valid:
-                raise ValueError(f"SerriformNet: arch_config {name} does not exist{hint(str(name), sorted(valid))}")
-        rope_mode = options.pop("rope_mode", "gate")
+                raise ValueError(f"SerriformNet: arch_config {name} does not exist{hint(str(name), valid)}")
+        rope_mode = options.get("rope_mode", "gate")
         if rope_mode not in ("gate", "rotate"):
             raise ValueError(f"SerriformNet: rope_mode={rope_mode!r}; expected gate or rotate")
+        moe = partial(MoE, **{name: value for name, value in options.items() if name in of_moe})
         super().__init__(
             vocab_size,
             dim,
             num_layers,
-            partial(Serriform, **options),
+            partial(Serriform, **{name: value for name, value in options.items() if name in of_mixer}),
             d_ff=0,
             dropout=dropout,
             max_len=max_seq_len,
             position=rope_mode,
             norm="rms",
+            feed_forward=moe if options.get("use_moe", True) else None,
         )

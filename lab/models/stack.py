@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.config.errors import hint
-from lab.layers import MLP, Embedding, Gate, Rotate
+from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel
 from lab.ops import recording
@@ -29,22 +29,28 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.R
 
 
 class Block(nn.Module):
-    """x + mixer(norm1(x)), then, unless d_ff is 0, x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
+    """x + mixer(norm1(x)), then, where there is a feed-forward, x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
 
-    def __init__(self, d_model: int, mixer: Mixer, d_ff: int, dropout: float, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, d_model: int, mixer: Mixer, feed_forward: FeedForward | None, dropout: float, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.norm1 = norm(d_model)
         self.mixer = mixer
-        self.norm2 = norm(d_model) if d_ff else None
-        self.mlp = MLP(d_model, d_ff) if d_ff else None
+        self.norm2 = None if feed_forward is None else norm(d_model)
+        self.mlp = feed_forward
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
         mixed = self.mixer(self.norm1(x), state, lengths=lengths, want=want)
         x = x + self.dropout(mixed.y if want else mixed)
-        if self.mlp is not None and self.norm2 is not None:
-            x = x + self.dropout(self.mlp(self.norm2(x)))
-        return mixed._replace(y=x) if want else x
+        if self.mlp is None or self.norm2 is None:
+            return mixed._replace(y=x) if want else x
+        fed = self.mlp(self.norm2(x), lengths=lengths, want=want)
+        x = x + self.dropout(fed.y if want else fed)
+        if not want:
+            return x
+        return Output(x, mixed.state, {**mixed.losses, **fed.losses}, {**mixed.record, **fed.record}, fed.means)
 
     def program(self, p: Program, x: Value, state: State) -> None:
         """One token; x is changed in place."""
@@ -57,11 +63,12 @@ class Block(nn.Module):
 class Stack(SequenceModel):
     """vocab_size: None for a model without embedding and head, which maps floats (B, L, D) to floats (B, L, D). mixer: called as
     mixer(d_model=d_model) once per layer, and with layer=i where it takes that; a list of mixers is used in turn, and of mixers with names
-    `pattern` says which one each layer has; either repeats until n_layers, which must be a multiple. d_ff: None means 4 d_model, 0 no MLP.
-    dropout: on the embedding and both branches of a block. position: "learned" adds a table of max_len rows; "gate" and "rotate" project
-    the embedding and let the place act on it (lab/layers/rotary.py), with max_len as a limit, None for none; "none" has no positions and
-    no limit. A sequence beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied:
-    the head shares its weights with the embedding, and has no bias."""
+    `pattern` says which one each layer has; either repeats until n_layers, which must be a multiple. feed_forward: called as
+    feed_forward(d_model=d_model) once per layer; None: an MLP of width d_ff, where None means 4 d_model, and 0 no MLP. dropout: on the
+    embedding and both branches of a block. position: "learned" adds a table of max_len rows; "gate" and "rotate" project the embedding and
+    let the place act on it (lab/layers/rotary.py), with max_len as a limit, None for none; "none" has no positions and no limit. A sequence
+    beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its
+    weights with the embedding, and has no bias."""
 
     def __init__(
         self,
@@ -77,11 +84,16 @@ class Stack(SequenceModel):
         norm: Literal["layer", "rms"] = "layer",
         tied: bool = False,
         norm_eps: float = 1e-5,
+        feed_forward: Callable[..., FeedForward] | None = None,
     ) -> None:
         super().__init__()
         check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_at_least("Stack", 0, d_ff=d_ff)
+        if d_ff is not None:
+            check_at_least("Stack", 0, d_ff=d_ff)
+        if feed_forward is not None and d_ff:
+            raise ValueError(
+                f"Stack: d_ff={d_ff} is the width of the MLP, and feed_forward stands in its place; give its own width to that"
+            )
         if vocab_size is not None:
             check_at_least("Stack", 1, vocab_size=vocab_size)
         if position != "none" and max_len is not None:
@@ -102,14 +114,19 @@ class Stack(SequenceModel):
         self.position = _position(position, d_model, max_len)
         self.dropout = nn.Dropout(dropout)
         makes, make_norm = per_layer(mixer, pattern, n_layers), partial(NORMS[norm], eps=norm_eps)
+        feed = feed_forward or (None if d_ff == 0 else partial(MLP, d_ff=4 * d_model if d_ff is None else d_ff))
         mixers = [make(d_model=d_model, **({"layer": i} if takes_layer(make) else {})) for i, make in enumerate(makes)]
-        self.blocks = nn.ModuleList(Block(d_model, mixer, d_ff, dropout, make_norm) for mixer in mixers)
+        self.blocks = nn.ModuleList(
+            Block(d_model, mixer, None if feed is None else feed(d_model=d_model), dropout, make_norm) for mixer in mixers
+        )
         self.norm = make_norm(d_model)
         self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
         if tied:
             self.head.weight = self.embedding.weight
         self.causal = all(mixer.causal for mixer in self.mixers)
-        self.loss_names = tuple(dict.fromkeys(name for layer in self.mixers for name in layer.loss_names))
+        layers: list[Mixer | FeedForward] = [*self.mixers, *self.feed_forwards]
+        self.loss_names = tuple(dict.fromkeys(name for layer in layers for name in layer.loss_names))
+        self.mean_shapes = {name: (n_layers, *shape) for layer in self.feed_forwards[:1] for name, shape in layer.mean_shapes().items()}
 
     def forward(
         self,
@@ -171,8 +188,8 @@ class Stack(SequenceModel):
 
     def collect(
         self, outputs: list[Output], tokens: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]
-    ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]]]:
-        """The layers' outputs -> state, losses (means over the layers that have them), record (lists over all layers)."""
+    ) -> tuple[State, dict[str, Tensor], dict[str, list[Any]], dict[str, Tensor]]:
+        """The layers' outputs -> state, losses (means over the layers that have them), record (lists over all layers), means (stacked)."""
         after: State = None
         if "state" in want:
             start = 0 if state is None else state["position"]
@@ -183,7 +200,11 @@ class Stack(SequenceModel):
             name: torch.stack([loss for loss in of_layers if loss is not None]).mean()
             for name, of_layers in gathered([out.losses for out in outputs]).items()
         }
-        return after, losses, gathered([out.record for out in outputs])
+        means = {name: torch.stack([out.means[name] for out in outputs]) for name in self.mean_shapes if "losses" in want}
+        return after, losses, gathered([out.record for out in outputs]), means
+
+    def losses_of(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: loss.mean() for name, loss in self.feed_forwards[0].losses(means).items()} if means else {}
 
     def init_state(
         self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -213,6 +234,10 @@ class Stack(SequenceModel):
     @property
     def mixers(self) -> list[Mixer]:
         return [cast(Mixer, block.mixer) for block in self.blocks]
+
+    @property
+    def feed_forwards(self) -> list[FeedForward]:
+        return [cast(FeedForward, block.mlp) for block in self.blocks if block.mlp is not None]
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}

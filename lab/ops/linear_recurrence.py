@@ -38,7 +38,7 @@ def linear_recurrence(a: Tensor, x: Tensor, h0: Tensor | None = None, lengths: T
     if x.ndim == 4 and x.shape[-1] == 2:
         return _in_pairs(a, x, h0, lengths)
     B, L, D = x.shape if x.ndim == 3 else (0, 0, 0)
-    if x.ndim != 3 or a.shape not in ((B, L, D), (D,)) or (h0 is not None and h0.shape != (B, D)):
+    if x.ndim != 3 or a.shape != ((B, L, D) if a.ndim == 3 else (D,)) or (h0 is not None and h0.shape != (B, D)):
         got = "None" if h0 is None else tuple(h0.shape)
         raise ValueError(
             f"linear_recurrence: expected x (B, L, D), a (B, L, D) or (D,) and h0 (B, D); got {tuple(x.shape)}, {tuple(a.shape)} and {got}"

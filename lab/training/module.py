@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -93,6 +94,9 @@ class LabModule(pl.LightningModule):
         out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
         ce = cross_entropy(out.y, batch.targets).sum() / scored * world
         losses = {name: value * (real_tokens(batch) / tokens * world) for name, value in out.losses.items()}
+        if world > 1 and out.means:
+            means, of_all = self._over_ranks(out.means, real_tokens(batch))
+            losses |= {name: value * (of_all / tokens) for name, value in self.model.losses_of(means).items()}
         total = ce
         for name, value in losses.items():
             weight = self.weights[name].at(self.global_step, self.max_steps)
@@ -126,6 +130,20 @@ class LabModule(pl.LightningModule):
         every = [torch.empty_like(mine) for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather(every, mine)
         return torch.stack(every)
+
+    def _over_ranks(self, means: Mapping[str, Tensor], n: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The means over this micro-batch's real tokens on all ranks, from those over the n of this rank; and the number of these tokens.
+
+        All ranks get the same values and so the same loss; the gradient of each goes to its own share of them alone, times the number
+        of ranks, as DDP averages gradients. So their sum is complete, and the backward pass needs no communication beside DDP's.
+        """
+        flat = torch.cat([mean.flatten() for mean in means.values()]) * n
+        sums = self._of_all_ranks(torch.cat([flat.detach(), flat.new_full((1,), n)])).sum(0)
+        of_all = sums[-1].clamp(min=1)
+        mine = flat * (self.trainer.world_size / of_all)
+        values = sums[:-1] / of_all + (mine - mine.detach())
+        parts = values.split([mean.numel() for mean in means.values()])
+        return {name: part.view(mean.shape) for (name, mean), part in zip(means.items(), parts, strict=True)}, of_all
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are complete, synced and unscaled here: the norms are measured, then clipped if asked for."""
