@@ -113,10 +113,11 @@ def test_fft_conv(name, length, dtype, device):
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 2), (5, 17, 7), (2, 40, 12)], ids=str)
+@pytest.mark.parametrize("form", ["lattice", "mesh"])
 @pytest.mark.parametrize("name", backends(kuramoto_scan))
-def test_kuramoto_scan(name, shape, device):
+def test_kuramoto_scan(name, form, shape, device):
     skip_without("kuramoto_scan", name, device)
-    call = lambda *args: [circle(phases) for phases in kuramoto_scan(*args, 0.1)]  # noqa: E731
+    call = lambda *args: [circle(phases) for phases in kuramoto_scan(*args, 0.1, form=form)]  # noqa: E731
     compare(kuramoto_scan, name, oscillators(*shape), torch.float64, call=call, device=device)
 
 

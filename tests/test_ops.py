@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -20,14 +21,18 @@ from lab.ops import backend, kuramoto_scan, native, use
 scan_module = importlib.import_module("lab.ops.kuramoto_scan")  # the name in lab.ops is the function
 BACKENDS = [name for name in ops.ops()["kuramoto_scan"] if name != "native" or native.LIBRARY]  # without a compiler there is no native
 OPERATORS = BACKENDS[:-1]  # those that are an operator of their own
+FORMS = ["lattice", "mesh"]
 SHAPES = [(1, 1, 1), (2, 0, 3), (1, 7, 2), (3, 33, 8), (5, 17, 7), (2, 40, 12)]
 
 
-def inputs(B, L, H, seed=0, dtype=torch.float64):
+def inputs(B, L, H, seed=0, dtype=torch.float64, form="lattice"):
     g = torch.Generator().manual_seed(seed)
     theta0 = 2 * math.pi * torch.rand(B, H, generator=g, dtype=dtype)
     drive, omega, kappa = (torch.randn(*s, generator=g, dtype=dtype) for s in ((B, L, H), (H,), (H,)))
-    return [t.requires_grad_() for t in (theta0, drive, omega, kappa, torch.randn(H, H, generator=g, dtype=dtype))]
+    W = torch.randn(H, H, generator=g, dtype=dtype)
+    if form == "mesh":
+        drive, W = 10 * drive, W / H  # many steps are clipped; its steps are larger, and chaos would hide what a backend gets wrong
+    return [t.requires_grad_() for t in (theta0, drive, omega, kappa, W)]
 
 
 def circle(theta):
@@ -41,12 +46,13 @@ def scalar(theta, last):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_by_a_loop_over_oscillators(name, shape):
+def test_values_by_a_loop_over_oscillators(name, form, shape):
     B, L, H = shape
-    theta0, drive, omega, kappa, W = (t.detach() for t in inputs(*shape))
+    theta0, drive, omega, kappa, W = (t.detach() for t in inputs(*shape, form=form))
     with use(name):
-        theta, last = kuramoto_scan(theta0, drive, omega, kappa, W, 0.3)
+        theta, last = kuramoto_scan(theta0, drive, omega, kappa, W, 0.3, form=form)
     assert theta.shape == (B, L, H) and last.shape == (B, H) and theta.dtype == torch.float64
     for b in range(B):
         phase = theta0[b].tolist()
@@ -56,19 +62,25 @@ def test_values_by_a_loop_over_oscillators(name, shape):
             assert t == 0 or ((got > -1e-9) & (got < 2 * math.pi + 1e-9)).all(), "not wrapped"
             if t < L:
                 pull = [sum(W[i, j] * math.sin(phase[j] - phase[i]) for j in range(H)) for i in range(H)]
-                phase = [float(phase[i] + 0.3 * (omega[i] + drive[b, t, i] + kappa[i] * pull[i])) for i in range(H)]
+                free, coupled = [0.3 * float(omega[i] + drive[b, t, i]) for i in range(H)], [float(kappa[i] * pull[i]) for i in range(H)]
+                if form == "mesh":
+                    steps = [max(-math.pi, min(math.pi, f + math.tanh(c))) for f, c in zip(free, coupled, strict=True)]
+                else:
+                    steps = [f + 0.3 * c for f, c in zip(free, coupled, strict=True)]
+                phase = [p + step for p, step in zip(phase, steps, strict=True)]
 
 
 @pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_of_the_backends_agree(shape, lengths):
+def test_gradients_of_the_backends_agree(shape, form, lengths):
     B, L, H = shape
     lengths = None if lengths is None else (torch.arange(B) * 5) % (L + 1)
-    args = inputs(*shape)
+    args = inputs(*shape, form=form)
     results = {}
     for name in BACKENDS:
         with use(name):
-            theta, last = kuramoto_scan(*args, 0.2, lengths)
+            theta, last = kuramoto_scan(*args, 0.2, lengths, form)
             results[name] = [theta, last, *torch.autograd.grad(scalar(theta, last), args, materialize_grads=True)]
     names = ("theta", "last", "theta0", "drive", "omega", "kappa", "W")
     for name in BACKENDS:
@@ -80,19 +92,33 @@ def test_gradients_of_the_backends_agree(shape, lengths):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_gradient_by_finite_differences(name):
-    args = inputs(2, 5, 3)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_by_finite_differences(name, form):
+    args = inputs(2, 5, 3, form=form)
     with use(kuramoto_scan=name):
-        torch.autograd.gradcheck(lambda *a: circle(kuramoto_scan(*a, 0.2)[0]), args)
+        torch.autograd.gradcheck(lambda *a: circle(kuramoto_scan(*a, 0.2, form=form)[0]), args)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_clip_stops_a_gradient_and_a_wrap_does_not(name):
+    theta0, drive = torch.full((1, 1), 6.0, requires_grad=True), torch.tensor([[[1.0], [4.0], [-4.0]]], requires_grad=True)
+    one = torch.ones(1)
+    with use(name):
+        theta, last = kuramoto_scan(theta0, drive, 0 * one, one, one[None], 1.0, form="mesh")
+    phases = [6, 7 - 2 * math.pi, 7 - math.pi, 7 - 2 * math.pi]
+    torch.testing.assert_close(torch.cat([theta.flatten(), last.flatten()]), torch.tensor(phases))
+    grads = torch.autograd.grad(last.sum(), (theta0, drive))
+    assert [grad.flatten().tolist() for grad in grads] == [[1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("needed", range(5))
-def test_gradient_of_one_input_alone(needed):
-    args = [t.detach().requires_grad_(i == needed) for i, t in enumerate(inputs(2, 9, 4))]
+def test_gradient_of_one_input_alone(needed, form):
+    args = [t.detach().requires_grad_(i == needed) for i, t in enumerate(inputs(2, 9, 4, form=form))]
     grads = []
     for name in BACKENDS:
         with use(name):
-            grads += torch.autograd.grad(scalar(*kuramoto_scan(*args, 0.2)), args[needed])
+            grads += torch.autograd.grad(scalar(*kuramoto_scan(*args, 0.2, form=form)), args[needed])
     for grad in grads:
         torch.testing.assert_close(grad, grads[-1])
 
@@ -116,6 +142,18 @@ def test_a_carried_state_continues():
     torch.testing.assert_close(circle(last), circle(end), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_mesh_stays_accurate_over_a_long_sequence(name):
+    """Without coupling each oscillator stands at t omega."""
+    L = 100_000 if name == "native" else 10_000  # 8 s
+    omega, one = torch.tensor([0.0031, 0.7, 1.5707], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    still, none = torch.zeros(1, L, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    with use(name):
+        theta, last = kuramoto_scan(0 * one, still, omega, one, none, 1.0, form="mesh")
+    turns = (torch.arange(L + 1, dtype=torch.float64)[:, None] * omega) % (2 * math.pi)
+    torch.testing.assert_close(circle(torch.cat([theta, last[:, None]], 1)[0]), circle(turns), rtol=0, atol=1e-9)
+
+
 def test_float32_stays_accurate_over_a_long_sequence():
     args = [t.detach() for t in inputs(1, 5_000, 2)]
     args[2], args[3] = args[2] * 0 + 3, args[3] * 0  # many turns; without coupling errors do not grow by themselves
@@ -136,12 +174,12 @@ def test_layouts_do_not_matter_and_gradients_are_not_overwritten(shape):
         torch.testing.assert_close(got, expected)
     # A gradient that is laid out by time first is read, not used as the workspace of the loop.
     B, L, H = shape
-    for name in OPERATORS:
-        phases = scan_module.forward_op(*(t.detach() for t in args), 0.2, name)
-        grad = torch.randn(L + 1, B, H, dtype=torch.float64).transpose(0, 1)
-        before = grad.clone()
-        scan_module.backward_op(grad, phases, *(t.detach() for t in args[3:]), 0.2, True, name)
-        assert torch.equal(grad, before)
+    for name, form in product(OPERATORS, FORMS):
+        phases = scan_module.forward_op(*(t.detach() for t in args), 0.2, form, name)
+        grad, steps = torch.randn(L + 1, B, H, dtype=torch.float64).transpose(0, 1), args[1].detach() if form == "mesh" else None
+        before = grad.clone(), args[1].clone()
+        scan_module.backward_op(grad, phases, steps, *(t.detach() for t in args[3:]), 1.0, True, name)
+        assert torch.equal(grad, before[0]) and torch.equal(args[1], before[1])
 
 
 def test_phases_without_a_batch_and_shared_phases_with_lengths():
@@ -152,6 +190,11 @@ def test_phases_without_a_batch_and_shared_phases_with_lengths():
     one, last = kuramoto_scan(theta0[0], drive[:1], *rest, 0.2, lengths)
     assert one.shape == (1, 6, 4)
     torch.testing.assert_close(last, kuramoto_scan(theta0[0], drive[:1].expand(3, -1, -1), *rest, 0.2, lengths)[1])
+
+
+def test_an_unknown_form_is_named():
+    with pytest.raises(ValueError, match="kuramoto_scan: form='net'; expected lattice or mesh"):
+        kuramoto_scan(*inputs(1, 1, 1), 0.1, form="net")
 
 
 @pytest.mark.parametrize("wrong", ["theta0", "omega", "kappa", "W", "drive"])
@@ -174,34 +217,38 @@ def test_a_second_backward_is_an_error():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(2, 5, 3), (1, 0, 2)], ids=str)
-def test_opcheck(shape, name):
-    args = inputs(*shape, dtype=torch.float32)
-    torch.library.opcheck(scan_module.forward_op, (*args, 0.2, name))
-    phases = scan_module.forward_op(*args, 0.2, name).detach()
-    args = [torch.randn_like(phases), phases, *(t.detach() for t in args[3:])]
+def test_opcheck(shape, form, name):
+    args = inputs(*shape, dtype=torch.float32, form=form)
+    torch.library.opcheck(scan_module.forward_op, (*args, 0.2, form, name))
+    phases = scan_module.forward_op(*args, 0.2, form, name).detach()
+    steps = args[1].detach() if form == "mesh" else None
+    args = [torch.randn_like(phases), phases, steps, *(t.detach() for t in args[3:])]
     for grad_W in (True, False):
         torch.library.opcheck(scan_module.backward_op, (*args, 0.2, grad_W, name))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_float32_under_autocast_and_for_half_inputs(name):
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_under_autocast_and_for_half_inputs(name, form):
     args = inputs(2, 20, 4, dtype=torch.float32)
+    scan = partial(kuramoto_scan, form=form)
     with use(name):
-        want = scalar(*kuramoto_scan(*args, 0.2))
+        want = scalar(*scan(*args, 0.2))
         grads = torch.autograd.grad(want, args)
         with torch.autocast("cpu", torch.bfloat16):
-            theta, last = kuramoto_scan(*args, 0.2)
+            theta, last = scan(*args, 0.2)
         assert theta.dtype == last.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):  # a backward inside autocast as well
             for got, expected in zip(torch.autograd.grad(scalar(theta, last), args), grads, strict=True):
                 torch.testing.assert_close(got, expected)
             for operator in OPERATORS:
-                assert scan_module.forward_op(*(t.detach().bfloat16() for t in args), 0.2, operator).dtype == torch.float32
+                assert scan_module.forward_op(*(t.detach().bfloat16() for t in args), 0.2, form, operator).dtype == torch.float32
         halves = [t.detach().bfloat16() for t in args]
-        theta, last = kuramoto_scan(*halves, 0.2)
+        theta, last = scan(*halves, 0.2)
         assert theta.dtype == torch.float32
-        torch.testing.assert_close(circle(theta), circle(kuramoto_scan(*(t.float() for t in halves), 0.2)[0]))
+        torch.testing.assert_close(circle(theta), circle(scan(*(t.float() for t in halves), 0.2)[0]))
 
 
 # Compiler and export

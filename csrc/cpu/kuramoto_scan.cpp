@@ -122,7 +122,7 @@ void backward(
   for (int64_t r = 0; r < rows; r++) std::copy_n(total[r], pitch, of_gain + r * pitch);
 }
 
-// f(first row, rows) as f.template operator()<R, MESH>.
+// f(rows side by side, mesh or not, first row, rows): the first two as constants.
 template <class F> void over_rows(int64_t B, bool mesh, int64_t threads, F f) {
   auto walk = [&](auto number, int64_t b, int64_t rows) {
     mesh ? f(number, std::true_type{}, b, rows) : f(number, std::false_type{}, b, rows);

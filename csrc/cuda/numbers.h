@@ -25,6 +25,8 @@ ANYWHERE float power_of_2(float x) { return exp2f(x); }
 ANYWHERE double power_of_2(double x) { return exp2(x); }
 ANYWHERE float rounded_down(float x) { return floorf(x); }
 ANYWHERE double rounded_down(double x) { return floor(x); }
+ANYWHERE float hyperbolic_tangent(float x) { return tanhf(x); }
+ANYWHERE double hyperbolic_tangent(double x) { return tanh(x); }
 
 // e^{i x}
 ANYWHERE Complex<float> wave(float x) {

@@ -45,7 +45,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def look(op: Op, device: str, here: bool) -> dict[str, Any]:
-    """{backends, runs, why_not: {backend: reason}, difference}: the backend that would compute small tensors on `device`.
+    """{backends, forms, runs, why_not: {backend: reason}, difference}: the backend that would compute small tensors on `device`.
 
     here: whether the device is there. Then the backend computes them, and `difference` is that to the plain formula, relative to the
     largest value, or the sentence of an error.
@@ -53,14 +53,21 @@ def look(op: Op, device: str, here: bool) -> dict[str, Any]:
     own = [backend.name for backend in op.candidates() if backend not in op.backends]
     names = [*own, *(backend.name for backend in op.backends)]
     if op.example is None:
-        return {"backends": names, "runs": None, "why_not": dict.fromkeys(names, "the op gives no example"), "difference": None}
+        return {
+            "backends": names,
+            "forms": [],
+            "runs": None,
+            "why_not": dict.fromkeys(names, "the op gives no example"),
+            "difference": None,
+        }
     with FakeTensorMode(), torch.device(device):  # a device that is not there can be asked about as well
         arguments = op.example()
         reasons = {backend.name: backend.supports(*arguments) for backend in op.candidates()}
     chosen = next((backend for backend in op.candidates() if reasons[backend.name] is None), None)
     runs = chosen.name if chosen else None
     why_not = {name: reasons.get(name, "another one is forced") or f"{runs} comes first" for name in names if name != runs}
-    return {"backends": names, "runs": runs, "why_not": why_not, "difference": _difference(op, chosen, device) if here and chosen else None}
+    difference = _difference(op, chosen, device) if here and chosen else None
+    return {"backends": names, "forms": list(op.forms), "runs": runs, "why_not": why_not, "difference": difference}
 
 
 def _difference(op: Op, chosen: Backend, device: str) -> float | str:
@@ -69,9 +76,10 @@ def _difference(op: Op, chosen: Backend, device: str) -> float | str:
     torch.manual_seed(0)
     try:
         with torch.device(device), torch.no_grad(), use("reference"):  # of ops that this one calls: they are looked at by themselves
-            arguments = op.example()
-            pairs = zip(*(pytree.tree_leaves(op.result(run(*arguments))) for run in (chosen.run, op.backends[-1].run)), strict=True)
-            differences = [(got - want).abs().max() / (want.abs().max() + 1e-30) for got, want in pairs]
+            example, differences = op.example(), []
+            for arguments in [(*example[:-1], form) for form in op.forms] or [example]:
+                pairs = zip(*(pytree.tree_leaves(op.result(run(*arguments))) for run in (chosen.run, op.backends[-1].run)), strict=True)
+                differences += [(got - want).abs().max() / (want.abs().max() + 1e-30) for got, want in pairs]
             return float(torch.stack(differences).max())  # NaN if one is
     except Exception as error:  # whatever it is, it is what the reader wants to know
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

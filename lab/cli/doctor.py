@@ -97,7 +97,8 @@ def _ops(found: dict[str, Any]) -> Any:
         cells = [runs[name] if absent is None else f"({runs[name]})" for name, absent in found["devices"].items()]
         differences = [entry["difference"] for entry in devices.values() if entry["difference"] is not None]
         texts = [value if isinstance(value, str) else f"{value:.0g}" for value in differences]
-        table.add_row(op, ", ".join(devices["cpu"]["backends"]), *cells, "; ".join(texts))
+        forms = devices["cpu"]["forms"]
+        table.add_row(f"{op} ({', '.join(forms)})" if forms else op, ", ".join(devices["cpu"]["backends"]), *cells, "; ".join(texts))
     return table
 
 

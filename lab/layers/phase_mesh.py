@@ -44,7 +44,7 @@ class PhaseMesh(nn.Module):
         to 0.02 radians in 10^5 steps."""
         phi = self.initial_phase() if phi is None else phi
         rows = 1 if phi.ndim == 1 else phi.shape[0]
-        still, one = self.omega.new_zeros(rows, length, len(self.omega)), torch.ones_like(self.omega)
+        still, one = self.omega.new_zeros(rows, length, *self.omega.shape), torch.ones_like(self.omega)
         return kuramoto_scan(phi.double(), still, self.omega, one, self.K, 1.0, lengths, form="mesh")
 
     def waves(self, phases: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class Op:
     backends: tuple[Backend, ...]
     example: Callable[[], tuple[Any, ...]] | None = None  # small arguments on torch's default device, for lab-doctor
     result: Callable[[Any], Any] = lambda got: got  # what a backend gives as tensors, for lab-doctor
+    forms: tuple[str, ...] = ()  # what its last argument may be; lab-doctor computes the example in each
     said: set[str] = field(default_factory=set, compare=False)  # backends whose absence was reported
 
     def __post_init__(self) -> None:

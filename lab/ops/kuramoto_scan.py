@@ -98,31 +98,32 @@ def exported(theta0: Tensor, drive: Tensor, omega: Tensor, kappa: Tensor, W: Ten
     """The same in operators that an exported file can hold: a loop whose length is an input. Export under torch.no_grad()."""
     theta0, add = theta0.contiguous(), (dt * (drive + omega)).transpose(0, 1)  # add (L, B, H)
     mesh = form == "mesh"
-    pull = ((kappa if mesh else dt * kappa)[:, None] * W).T.contiguous()
+    pull = (coupling_gain(kappa, dt, form)[:, None] * W).T.contiguous()
+    turn = torch.tensor(TWO_PI, dtype=theta0.dtype, device=theta0.device)  # a number ONNX would round to float32
     if torch.jit.is_tracing():
-        return scripted_loop()(theta0, add, pull, mesh).transpose(0, 1)
+        return scripted_loop()(theta0, add, pull, turn, mesh).transpose(0, 1)
     from torch._higher_order_ops import scan  # private, so not needed by anything but an export
 
-    last, theta = scan(lambda theta, a: (euler_step(theta, a, pull, mesh), theta.clone()), theta0, add)
+    last, theta = scan(lambda theta, a: (euler_step(theta, a, pull, turn, mesh), theta.clone()), theta0, add)
     return torch.cat([theta.transpose(0, 1), last[:, None]], 1)
 
 
-def euler_step(theta: Tensor, add: Tensor, pull: Tensor, mesh: bool) -> Tensor:
+def euler_step(theta: Tensor, add: Tensor, pull: Tensor, turn: Tensor, mesh: bool) -> Tensor:
     sin, cos = theta.sin(), theta.cos()
     coupling = cos * (sin @ pull) - sin * (cos @ pull)
     step = (add + coupling.tanh()).clamp(-math.pi, math.pi) if mesh else add + coupling
-    return torch.remainder(theta + step, 2 * math.pi)
+    return torch.remainder(theta + step, turn)
 
 
-def loop(theta: Tensor, add: Tensor, pull: Tensor, mesh: bool) -> Tensor:
+def loop(theta: Tensor, add: Tensor, pull: Tensor, turn: Tensor, mesh: bool) -> Tensor:
     phases = [theta]
     for t in range(add.shape[0]):
-        phases.append(euler_step(phases[t], add[t], pull, mesh))
+        phases.append(euler_step(phases[t], add[t], pull, turn, mesh))
     return torch.stack(phases)
 
 
 @cache
-def scripted_loop() -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+def scripted_loop() -> Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]:
     """TorchScript's tracer would unroll a Python loop; a scripted one it keeps. Compiled here at the first such export."""
     return torch.jit.script(loop)
 
@@ -308,4 +309,5 @@ KURAMOTO_SCAN = Op(
         Backend("reference", reference),
     ),
     example=lambda: (torch.rand(2, 5), torch.randn(2, 9, 5), torch.randn(5), torch.randn(5), torch.randn(5, 5), 0.1, "lattice"),
+    forms=("lattice", "mesh"),
 )
