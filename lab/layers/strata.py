@@ -34,8 +34,9 @@ class Windows(NamedTuple):
         kind = x.dtype
         x = at_least_float32(x)
         sums = self.gathered(x, self.offset) if isinstance(self.offset, Tensor) else self.reshaped(x, self.offset)
-        if before is not None and self.coarse:
-            sums = torch.cat([sums[:, :1] + before[:, None], sums[:, 1:]], 1)
+        if before is not None:
+            first = torch.arange(self.coarse, device=x.device) == 0
+            sums = sums + before[:, None] * first[:, None]
         return (sums / self.q).to(kind), self.begun(x, before) if wanted else None
 
     def reshaped(self, x: Tensor, offset: int) -> Tensor:
