@@ -12,7 +12,7 @@ from torch import nn
 from lab import ops
 from lab.analysis.conformance import randomise
 from lab.layers import MoE
-from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
 from lab.models import Stack, initialise
 from lab.models.decoding import Continuation
 from lab.ops import interpreter, native
@@ -38,6 +38,9 @@ MODELS = {
     "no drive": (partial(Lattice, n_heads=4, drive=False), {}),
     "gain": (partial(Lattice, n_heads=2, phase_mode="gain"), {}),
     "literal": (partial(Lattice, n_heads=2, phase_mode="literal"), {}),
+    "serriform": (Serriform, {"d_ff": 0, "norm": "rms", "position": "gate"}),
+    "serriform beside": (partial(Serriform, topology="parallel", conv_kernel_size=4), {"norm": "rms", "position": "rotate"}),
+    "serriform without": (partial(Serriform, use_conv=False, use_lowrank_ff=False, activation="relu"), {"d_ff": 0}),
     "mixed": ([partial(MambaLayer, d_conv=1), partial(Attention, n_heads=2)], {}),
 }
 
@@ -183,7 +186,7 @@ def test_a_state_that_is_kept_does_not_change(name):
 
 
 @built
-@pytest.mark.parametrize("function", ["sigmoid", "silu", "gelu", "softplus", "relu"])
+@pytest.mark.parametrize("function", ["sigmoid", "silu", "gelu", "softplus", "relu", "tanh"])
 def test_functions(function):
     """Against float64, relative to the number or to its argument; and where the exponential ends."""
     x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4])])

@@ -15,7 +15,9 @@ from lab.training.experiment import prepare
 
 ROOT = Path(__file__).parents[1] / "experiments"
 EXPERIMENTS = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.rglob("*.yaml"))
-LARGE = ("copy_reverse", "copy_reverse_vanilla", "stdlib_lot", "stdlib_transformer")  # long sequences: most of the time of all
+LARGE = (  # long sequences: most of the time of all
+    "copy_reverse", "copy_reverse_vanilla", "serriform_documented", "stdlib_lot", "stdlib_serriform", "stdlib_transformer",
+)  # fmt: skip
 SMALL = (
     "model.d_model=32",
     "model.n_layers=2",
