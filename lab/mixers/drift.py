@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, check_time_steps, state_type
 from lab.ops import causal_conv, linear_recurrence
-from lab.ops.complex import exp
 
 
 class GeometricDriftField(Mixer):
@@ -71,16 +70,18 @@ class GeometricDriftField(Mixer):
     def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
         conv, h = (None, None) if state is None else (state["conv"], state["h"])
         u, tail = causal_conv(x, self.conv_weight, self.conv_bias, state=conv, lengths=lengths)
-        theta, delta, v, gate = self.in_proj(F.silu(u)).split([self.m, self.m, self.d_model, self.d_model], -1)
+        m = self.m
+        theta, delta, v_re, v_im, gate = self.in_proj(F.silu(u)).split([m, m, m, m, 2 * m], -1)
         angle = self.theta_max * torch.tanh(at_least_float32(theta))
         dt = F.softplus(at_least_float32(delta) + at_least_float32(self.bias))
-        drift = exp(torch.stack([-dt, angle], -1))
-        into = -torch.expm1(-dt)[..., None] * v.unflatten(-1, (self.m, 2))
+        retention, share = torch.exp(-dt), -torch.expm1(-dt)  # |a| and 1 - |a|
+        drift = torch.stack([retention * angle.cos(), retention * angle.sin()], -1)
+        into = torch.stack([share * v_re, share * v_im], -1)
         states, last = linear_recurrence(drift, into, h, lengths)
         read = self.mixed(states.flatten(-2).to(gate.dtype))
         y = self.out_proj(read * torch.sigmoid(gate))
         after = {"conv": tail.to(state_type(tail.dtype), copy=True), "h": last.clone()} if "state" in want else None
-        record = {"retention": torch.exp(-dt), "size": states.norm(dim=-1)} if "record" in want else {}
+        record = {"retention": retention, "size": states.norm(dim=-1)} if "record" in want else {}
         return Output(y, after, record=record)
 
     def mixed(self, read: Tensor) -> Tensor:

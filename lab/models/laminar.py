@@ -196,7 +196,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         record: dict[str, list[Any]] = {}
         if "record" in want:
             record = {name: [out[2][name] for out in outputs] for name in outputs[0][2]}
-            record |= {} if phases is None else {"phases": [phases]}
+            record |= {} if phases is None else {"phases": [phases[0] if len(phases) == 1 else phases]}
         return Output(logits, after, {}, record)
 
     def start(self, state: State, batch_size: int, device: torch.device) -> int | Tensor:
@@ -210,8 +210,8 @@ class Laminar(SequenceModel, LaminarNetConfig):
         return low if low == high else position
 
     def embed(self, tokens: Tensor, state: State, start: int | Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases (L, P), or
-        (B, L, P) where rows differ, and what they go on with (1 or B, P)."""
+        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases (1 or B, L, P),
+        one row where all agree, and what they go on with."""
         x, L = looked_up(self.embedding, tokens, self.d_model, "LaminarNet"), tokens.shape[1]
         if self.position == "rope":
             places = torch.arange(L, device=x.device) + (start[:, None] if isinstance(start, Tensor) else start)
@@ -220,7 +220,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
             return x, None, None
         phi = None if state is None else state["phi"] if isinstance(start, Tensor) else state["phi"][0]
         phases, last = self.mesh.phases(L, phi, real)
-        return x + self.mesh.waves(phases), phases[0] if len(phases) == 1 else phases, last
+        return x + self.mesh.waves(phases), phases, last
 
     def init_state(
         self,
