@@ -58,7 +58,7 @@ SIZES = {"small": (SMALL, 200, 20), "documented": (DOCUMENTED, 6, 2)}  # models,
 SHARED = (
     "trainer.val_every=1000000", "trainer.checkpoint_every=1000000", "trainer.accelerator=cpu", "trainer.max_epochs=null",
     "task.n_val=64", "task.free_samples=0", "~callbacks.progress", "~callbacks.phases", "~callbacks.attention",
-    "~callbacks.state_spaces",
+    "~callbacks.state_spaces", "~callbacks.experts",
 )  # fmt: skip
 
 

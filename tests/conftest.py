@@ -17,7 +17,7 @@ TINY = (
     "task.vocab_size=12", "task.seq_len=8", "task.n_train=70", "task.n_val=12", "task.n_test=10", "task.free_samples=4",
     "trainer.max_steps=12", "trainer.batch_size=8", "trainer.val_every=6", "trainer.checkpoint_every=5", "trainer.log_every=1",
     "trainer.accelerator=cpu", "optimizer.lr=1e-2", "~callbacks.progress",
-    "~callbacks.phases", "~callbacks.attention", "~callbacks.state_spaces",
+    "~callbacks.phases", "~callbacks.attention", "~callbacks.state_spaces", "~callbacks.experts",
 )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lab.analysis.expert_plots import plot_expert_history, plot_experts
     from lab.analysis.plots import plot_attention, plot_delimiter_wave, plot_history, plot_receptive_field
     from lab.analysis.state_space_plots import plot_responses, plot_selectivity, plot_spectrum, plot_time_steps
 
 _HOME = {
     "plot_attention": "plots",
     "plot_delimiter_wave": "plots",
+    "plot_expert_history": "expert_plots",
+    "plot_experts": "expert_plots",
     "plot_history": "plots",
     "plot_receptive_field": "plots",
     "plot_responses": "state_space_plots",
@@ -22,6 +25,8 @@ _HOME = {
 __all__ = [
     "plot_attention",
     "plot_delimiter_wave",
+    "plot_expert_history",
+    "plot_experts",
     "plot_history",
     "plot_receptive_field",
     "plot_responses",

@@ -1,4 +1,5 @@
-"""Snapshots of a run: what monitoring stored of a step, RUN/<kind>/step_00000100.npz, kind `phases`, `attention` or `state_spaces`.
+"""Snapshots of a run: what monitoring stored of a step, RUN/<kind>/step_00000100.npz, kind `phases`, `attention`, `state_spaces`
+or `experts`.
 
 phases      step, tokens (B, L), lengths (B,), prompt_len, theta (layers, B, L, H), omega and kappa (layers, H), r (layers, B, L)
 attention   step, tokens (L,), prompt_len, attention (layers, H, L, L) in float16: of the first sample, without its padding
@@ -12,6 +13,9 @@ state_spaces    step; of the first sample's tokens, up to 512 of them: tokens (L
                 dt_counts_i (80,), how many dt lie in each bin of lab.analysis.state_spaces.DT_EDGES, over all channels and real tokens
                 channels_i (c,), their numbers
                 kernel_i (1 or 2, c, L), not of Mamba; token_dt_i (L, c), B_i and C_i (L, n), of Mamba alone
+
+experts     step, tokens (how many were looked at), usage (layers, E), the share of their choices that each expert has, probability
+            (layers, E), the mean of the router's softmax; layers, their numbers in the model
 
 A layer with fewer heads than another is filled up with NaN. prompt_len: the tokens up to the delimiter, it included; 0 where the task has
 none. numpy alone: plots need neither torch nor Lightning.
@@ -29,7 +33,12 @@ import numpy as np
 from lab.files import write_bytes
 from lab.training.run import RunError
 
-RECORDED = {"phases": "phases", "attention": "attention weights", "state_spaces": "eigenvalues and time steps"}
+RECORDED = {
+    "phases": "phases",
+    "attention": "attention weights",
+    "state_spaces": "eigenvalues and time steps",
+    "experts": "the choice of experts",
+}
 
 
 def write_snapshot(run: str | Path, kind: str, step: int, **arrays: Any) -> None:

@@ -14,7 +14,7 @@ IRRELEVANT = (
     "trainer.log_every", "trainer.checkpoint_every", "trainer.log_layer_grad_norms", "logger", "run_dir", "resume", "fresh",
 )  # fmt: skip
 """Keys that do not make another experiment."""
-WATCHERS = ("lab.training.Progress", "lab.training.Phases", "lab.training.Attention", "lab.training.StateSpaces")
+WATCHERS = ("lab.training.Progress", "lab.training.Phases", "lab.training.Attention", "lab.training.StateSpaces", "lab.training.Experts")
 """Callbacks that change nothing in what is trained."""
 
 

@@ -85,7 +85,7 @@ class MoE(FeedForward):
         weight, choice = torch.softmax(logits + noise, -1).topk(self.top_k)  # (T, k)
         if self.top_k > 1:
             weight = weight / weight.sum(-1, keepdim=True)
-        y = self.dense(tokens, weight, choice) if exporting() else self.dispatch(tokens, weight, choice, real)
+        y = self.dense(tokens, logits, weight, choice) if exporting() else self.dispatch(tokens, weight, choice, real)
         means = self.means(logits, choice, real) if "losses" in want else {}
         record = {"experts": choice.view(B, L, -1), "router": logits.softmax(-1).view(B, L, -1)} if "record" in want else {}
         return Output(y.view(B, L, D).to(x.dtype), means=means, record=record)
@@ -110,9 +110,9 @@ class MoE(FeedForward):
         back = torch.empty_like(order).scatter(0, order, torch.arange(k * T, device=order.device))  # where each pair stands
         return (out[back].view(k, T, -1) * weight.T[..., None]).sum(0)
 
-    def dense(self, tokens: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
+    def dense(self, tokens: Tensor, logits: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
         """The same for a file, in operators that every format has: all tokens through all experts, those not chosen times 0."""
-        share = torch.zeros(tokens.shape[0], self.n_experts, dtype=weight.dtype, device=weight.device).scatter(1, choice, weight)
+        share = torch.zeros_like(logits).scatter(1, choice, weight)
         out = ACTIVATIONS[self.activation](tokens @ self.up) @ self.down  # (E, T, D)
         return (out * share.T[..., None]).sum(0)
 
@@ -120,11 +120,11 @@ class MoE(FeedForward):
         chosen = torch.zeros_like(logits).scatter(1, choice, 1 / self.top_k)
         of_tokens = torch.cat([chosen, logits.softmax(-1), logits.logsumexp(-1, keepdim=True).square()], -1)  # (T, 2 E + 1)
         if real is None:
-            f, P, z = of_tokens.mean(0).split((self.n_experts, self.n_experts, 1))
+            mean = of_tokens.mean(0)
         else:
-            total = torch.where(real[:, None], of_tokens, 0).sum(0)
-            f, P, z = (total / real.sum().clamp(min=1)).split((self.n_experts, self.n_experts, 1))
-        return {"f": f, "P": P, "z": z[0]}
+            mean = torch.where(real[:, None], of_tokens, 0).sum(0) / real.sum().clamp(min=1)
+        f, P, z = mean.split((self.n_experts, self.n_experts, 1))
+        return {"f": f.detach(), "P": P, "z": z[0]}
 
     def mean_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"f": (self.n_experts,), "P": (self.n_experts,), "z": ()}

@@ -91,9 +91,7 @@ class Stack(SequenceModel):
         if d_ff is not None:
             check_at_least("Stack", 0, d_ff=d_ff)
         if feed_forward is not None and d_ff:
-            raise ValueError(
-                f"Stack: d_ff={d_ff} is the width of the MLP, and feed_forward stands in its place; give its own width to that"
-            )
+            raise ValueError(f"Stack: d_ff={d_ff} is the width of the MLP, in whose place feed_forward stands; that has a width of its own")
         if vocab_size is not None:
             check_at_least("Stack", 1, vocab_size=vocab_size)
         if position != "none" and max_len is not None:

@@ -13,6 +13,7 @@ _HOME = {
     "Attention": "monitoring",
     "Csv": "loggers",
     "Experiment": "experiment",
+    "Experts": "monitoring_experts",
     "Interrupted": "run",
     "Phases": "monitoring",
     "Progress": "callbacks",

@@ -4,7 +4,7 @@ at the end.
 It changes nothing: a pass of its own in eval mode, without gradients, uncompiled, with every random state put back; the first rank alone
 does it. The weights are those being trained, not their average (`trainer.ema`). A model that does not record what a callback shows is
 asked once and then left alone, without a word: LOT records phases and attention, the Transformer attention, S4, S4D, S5 and Mamba state
-spaces.
+spaces, a mixture of experts what the router chooses (lab/training/monitoring_experts.py).
 Callbacks that look at the same rows in the same step share one pass. It holds what all layers record, attention weights 4 bytes x rows x
 heads x layers x length squared; where that would be more than LIMIT, it looks at fewer rows, and then at fewer tokens, and says so.
 
@@ -37,7 +37,7 @@ TOKENS = 512  # of the first row in a snapshot of state spaces; as many lags of 
 class Monitor(pl.Callback):
     """The common part: when to look, and how to look without a trace. interval: optimiser steps; null: never. samples: rows."""
 
-    kind: Literal["phases", "attention", "state_spaces"]
+    kind: Literal["phases", "attention", "state_spaces", "experts"]
     needs: frozenset[str]  # the names in the record without which there is nothing to show
 
     def __init__(self, interval: int | None = 200, samples: int = 4) -> None:

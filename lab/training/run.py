@@ -7,7 +7,7 @@
     metrics.jsonl     one row per log or validation step
     metrics.json      the latest evaluation
     metrics.csv       the rows by step, with logger=csv
-    phases/           snapshots of the phases, attention/ of the attention maps, state_spaces/ (lab/training/monitoring.py)
+    phases/           snapshots of the phases, attention/ of the attention maps, state_spaces/, experts/ (lab/training/monitoring.py)
     checkpoints/      last.ckpt to resume from, best.ckpt by validation; checkpoint.pt links to the best
     eval/             what lab-eval wrote
     exports/          what lab-export wrote
@@ -47,12 +47,12 @@ LOG, LOCK = "job.log", ".lock"
 MONITOR = "val/ce_loss"  # the lowest of all validations chooses the best checkpoint of a run; the first of equals
 BUSY = "another process writes this run"
 PATIENCE = 1.0  # seconds that a writer waits for the lock: `locked` holds it for a moment
-LOCKED_FOLDERS = ("checkpoints", "phases", "attention", "state_spaces")  # written by the holder of the lock alone
+LOCKED_FOLDERS = ("checkpoints", "phases", "attention", "state_spaces", "experts")  # written by the holder of the lock alone
 OWN_FOLDERS = (*LOCKED_FOLDERS, "eval", "exports")
 OWN_FILES = (
     LOCK, LOG, ".*.tmp", "config.yaml", "hparams.yaml", "git_diff.patch", "job.json", "metrics.json", "metrics.jsonl", "checkpoint.pt",
     "metrics.csv", "phases/*.npz", "phases/.*.tmp", "attention/*.npz", "attention/.*.tmp", "state_spaces/*.npz",
-    "state_spaces/.*.tmp",
+    "state_spaces/.*.tmp", "experts/*.npz", "experts/.*.tmp",
     "events.out.tfevents.*", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/.*.tmp",
     *(f"eval/{split}-{name}.json" for split in ("train", "val", "test") for name in ("best", "last")), "exports/best.*", "exports/last.*",
 )  # fmt: skip
