@@ -8,7 +8,7 @@ turn; medians of the process CPU time. The state at a position comes from a pref
 random: the time does not depend on the numbers, and they take long to compute. `generate` is the whole call behind a prompt of 16 tokens,
 with all that it prepares; the bound is the rate at which the weights, as float32, can be read here once for a token. Prefill: the logits
 of the last token alone.
-serriform has no experts here, and an MLP with which it has as many parameters as attention.
+serriform has an MLP, or four experts of which a token goes to two, of the width with which it has as many parameters as attention.
 Peers: pip install .[bench]; a row whose peer is missing says so.
 """
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lab import ops
 from lab.files import write_json
+from lab.layers import MoE
 from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
 from lab.models import Stack, initialise
 from lab.models.base import evaluating
@@ -49,21 +50,26 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "attention": (partial(Attention, n_heads=8), {}),
     "lattice": (partial(Lattice, n_heads=8), {}),
     "serriform": (Serriform, {"norm": "rms", "position": "gate"}),
+    "serriform with experts": (Serriform, {"norm": "rms", "position": "gate"}),
+}
+WIDE: dict[str, Callable[[int], dict[str, Any]]] = {  # what has the width that makes up for a smaller mixer
+    "serriform": lambda width: {"d_ff": width},
+    "serriform with experts": lambda width: {"d_ff": 0, "feed_forward": partial(MoE, d_ff=width)},
 }
 
 
 def make(name: str, d_model: int, n_layers: int, **more: Any) -> Stack:
     mixer, options = MODELS[name]
-    if name == "serriform" and not more:
-        more = {"d_ff": matched(name, d_model, n_layers)}
+    if name in WIDE and not more:
+        more = WIDE[name](matched(name, d_model, n_layers))
     model = Stack(VOCABULARY, d_model, n_layers, mixer, **{"position": "none", **options, **more})
     initialise(model, 0)
     return model.eval()
 
 
 def matched(name: str, d_model: int, n_layers: int) -> int:
-    """The width of the MLP with which a model has as many parameters as attention."""
-    one, two = (parameters(make(name, d_model, n_layers, d_ff=width)) for width in (1, 2))
+    """The width with which a model has as many parameters as attention."""
+    one, two = (parameters(make(name, d_model, n_layers, **WIDE[name](width))) for width in (1, 2))
     return 1 + round((parameters(make("attention", d_model, n_layers)) - one) / (two - one))
 
 
