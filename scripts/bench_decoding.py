@@ -1,12 +1,14 @@
 """Tokens per second of all models, token by token: compiled (lab/ops/program.py), by the model's own step, and by other packages.
 
     python scripts/bench_decoding.py [--threads 1] [--repeats 5] [--only NAME] [--json FILE]
+    python scripts/bench_decoding.py --against attention --only serriform     from which position on it is faster
 
 4 layers, d_model 256, vocabulary 256, float32, batch 1, greedy. A side decodes TOKENS tokens behind the same state, in one process, in
 turn; medians of the process CPU time. The state at a position comes from a prefill in chunks; from 10,000 on all but Mamba's are drawn at
 random: the time does not depend on the numbers, and they take long to compute. `generate` is the whole call behind a prompt of 16 tokens,
 with all that it prepares; the bound is the rate at which the weights, as float32, can be read here once for a token. Prefill: the logits
 of the last token alone.
+serriform has an MLP, or four experts of which a token goes to two, of the width with which it has as many parameters as attention.
 Peers: pip install .[bench]; a row whose peer is missing says so.
 """
 
@@ -26,7 +28,8 @@ from torch import Tensor, nn
 
 from lab import ops
 from lab.files import write_json
-from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer
+from lab.layers import MoE
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
 from lab.models import Stack, initialise
 from lab.models.base import evaluating
 from lab.models.decoding import Continuation
@@ -35,6 +38,7 @@ from lab.ops.interpreter import Loaded
 from lab.ops.program import Program
 
 TOKENS, CHUNK = 32, 2048
+CROSSING = [256, 512, 1024, 2048, 4096, 8192]  # positions of --against
 SSM: dict[str, Any] = {"d_ff": 0}
 MODELS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "mamba": (partial(MambaLayer, n_layers=4), {"d_ff": 0, "norm": "rms", "tied": True}),
@@ -45,14 +49,32 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gated_mlp with s4d": (partial(GatedMLP, ssm_layer=S4DLayer), SSM),
     "attention": (partial(Attention, n_heads=8), {}),
     "lattice": (partial(Lattice, n_heads=8), {}),
+    "serriform": (Serriform, {"norm": "rms", "position": "gate"}),
+    "serriform with experts": (Serriform, {"norm": "rms", "position": "gate"}),
+}
+WIDE: dict[str, Callable[[int], dict[str, Any]]] = {  # what has the width that makes up for a smaller mixer
+    "serriform": lambda width: {"d_ff": width},
+    "serriform with experts": lambda width: {"d_ff": 0, "feed_forward": partial(MoE, d_ff=width)},
 }
 
 
-def make(name: str, d_model: int, n_layers: int) -> Stack:
+def make(name: str, d_model: int, n_layers: int, **more: Any) -> Stack:
     mixer, options = MODELS[name]
-    model = Stack(VOCABULARY, d_model, n_layers, mixer, position="none", **options)
+    if name in WIDE and not more:
+        more = WIDE[name](matched(name, d_model, n_layers))
+    model = Stack(VOCABULARY, d_model, n_layers, mixer, **{"position": "none", **options, **more})
     initialise(model, 0)
     return model.eval()
+
+
+def matched(name: str, d_model: int, n_layers: int) -> int:
+    """The width with which a model has as many parameters as attention."""
+    one, two = (parameters(make(name, d_model, n_layers, **WIDE[name](width))) for width in (1, 2))
+    return 1 + round((parameters(make("attention", d_model, n_layers)) - one) / (two - one))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_at(model: Stack, position: int) -> Any:
@@ -168,7 +190,7 @@ def whole_calls(names: list[str], sizes: tuple[int, int], new: int, repeats: int
 
 def bound(sizes: tuple[int, int], repeats: int) -> benchmark.Row:
     """How often a second all weights of the Mamba model can be read, by a product with one matrix of as many numbers."""
-    weights = sum(parameter.numel() for parameter in make("mamba", *sizes).parameters())
+    weights = parameters(make("mamba", *sizes))
     p = Program(1, 1)
     product = p.linear(torch.randn(weights // 256, 256), p.constant(torch.randn(256)))
     run, token = Loaded(p.ends(product, torch.zeros(1))), torch.zeros(1, dtype=torch.long)
@@ -188,12 +210,24 @@ def prefill(names: list[str], sizes: tuple[int, int], length: int, repeats: int)
         yield {"name": name, "length": length, "ms": timing.ms, "spread": timing.spread}
 
 
+def crossing(rows: list[benchmark.Row], one: str, other: str, side: str) -> str:
+    """From which position on one model is faster than the other."""
+    rates = {(row["name"], row["position"]): row[side] for row in rows}
+    places = sorted({position for _, position in rates})
+    faster = [position for position in places if rates[one, position] > rates[other, position]]
+    ratios = ", ".join(f"{rates[one, position] / rates[other, position]:.2f} at {position:,}" for position in places)
+    always = [position for position in faster if all(later in faster for later in places if later >= position)]
+    said = f"from {always[0]:,} on" if always else "nowhere here"
+    return f"{side}: {one} is faster than {other} {said} ({ratios})"
+
+
 def per_second(timings: Mapping[str, benchmark.Timing], tokens: int) -> dict[str, float]:
     return {side: tokens * 1e3 / timing.ms for side, timing in timings.items()}
 
 
 def main() -> None:
     parser = benchmark.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--against", choices=MODELS, help="steps alone of this model and of --only, at positions up to 8,192")
     parser.set_defaults(allocator="default")
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
@@ -201,9 +235,14 @@ def main() -> None:
     if native.LIBRARY is None:
         raise SystemExit(f"bench_decoding: {native.SAYS}; there is nothing to compare")
     names = [name for name in MODELS if args.only in name]
+    if args.against:
+        names = [*dict.fromkeys([*names, args.against])]
+        positions = positions if args.quick else CROSSING
 
     def rows(allocator: str) -> dict[str, list[benchmark.Row]]:
         with evaluating(nn.Identity()):
+            if args.against:
+                return {"positions": list(by_position(names, positions, sizes, args.repeats))}
             return {
                 "bound": [bound(sizes, args.repeats)],
                 "positions": list(by_position(names, positions, sizes, args.repeats)),
@@ -217,6 +256,15 @@ def main() -> None:
         peers = [said if isinstance(said := row.get(peer), str) else benchmark.said(said) for peer in PEERS]
         ours = [f"{row['compiled']:.0f}", f"{row['eager']:.0f}", f"{row['ratio']:.1f}"]
         steps.add_row(row["name"], str(row["position"]), *ours, *peers)
+    if args.against:
+        Console(width=160).print(steps)
+        for name in names[:-1]:
+            print(f"{name}: {parameters(make(name, *sizes)):,} parameters, {args.against}: {parameters(make(args.against, *sizes)):,}")
+            for side in ("compiled", "eager"):
+                print(crossing(report["positions"], name, args.against, side))
+        if args.json:
+            write_json(args.json, report)
+        return
     calls = Table("model", "new tokens", "greedy", "sampled", "eager", "greedy / eager", title="tokens/s of generate, all included")
     for row in report["generate"]:
         calls.add_row(row["name"], str(row["new"]), *(f"{row[side]:.0f}" for side in ("greedy", "sampled", "eager")), f"{row['ratio']:.1f}")

@@ -80,3 +80,7 @@ def test_decoding(script):
     assert rows["mamba", 5]["mambapy"] == "not installed: pip install mambapy" and rows["mamba", 40]["compiled"] > 0
     assert {row["name"] for row in report["generate"]} == {"mamba"} == {row["name"] for row in report["prefill"]}
     assert report["bound"][0]["tokens_per_second"] > 0 and "tokens/s of generate" in printed
+    printed, report = script("bench_decoding", "--only", "serriform", "--against", "attention")
+    assert [row["name"] for row in report["positions"]][::2] == ["serriform", "serriform with experts", "attention"]
+    assert "compiled: serriform with experts is faster than attention " in printed
+    assert "serriform: 29,293 parameters, attention: 29,280" in printed

@@ -11,8 +11,9 @@ from torch import nn
 
 from lab import ops
 from lab.analysis.conformance import randomise
-from lab.layers import MoE
+from lab.layers import FeedForward, MoE
 from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
+from lab.mixers.base import Output
 from lab.models import Stack, initialise
 from lab.models.decoding import Continuation
 from lab.ops import interpreter, native
@@ -39,6 +40,8 @@ MODELS = {
     "gain": (partial(Lattice, n_heads=2, phase_mode="gain"), {}),
     "literal": (partial(Lattice, n_heads=2, phase_mode="literal"), {}),
     "serriform": (Serriform, {"d_ff": 0, "norm": "rms", "position": "gate"}),
+    "experts": (Serriform, {"d_ff": 0, "norm": "rms", "position": "gate", "feed_forward": partial(MoE, d_ff=300)}),
+    "one expert": (partial(Attention, n_heads=4), {"feed_forward": partial(MoE, d_ff=24, n_experts=5, top_k=1, activation="silu")}),
     "serriform beside": (partial(Serriform, topology="parallel", conv_kernel_size=4), {"norm": "rms", "position": "rotate"}),
     "serriform without": (partial(Serriform, use_conv=False, use_lowrank_ff=False, activation="relu"), {"d_ff": 0}),
     "mixed": ([partial(MambaLayer, d_conv=1), partial(Attention, n_heads=2)], {}),
@@ -216,6 +219,11 @@ class Plain(MambaLayer):
         super().__init__(d_model, d_state=3)
 
 
+class Unwritten(FeedForward):
+    def feed(self, x, lengths, want):
+        return Output(torch.tanh(x))
+
+
 class Adapted(nn.Linear):
     def forward(self, x):
         return super().forward(x) + x[..., :1]
@@ -259,8 +267,8 @@ def test_what_only_the_model_can_do(change, reason):
 @built
 def test_a_part_without_a_program():
     model = make("attention")
-    model.blocks[0].mlp = MoE(20).eval()
-    assert continuation(model).program == "MoE has no program"
+    model.blocks[0].mlp = Unwritten().eval()
+    assert continuation(model).program == "Unwritten has no program"
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 5)
 
 

@@ -80,11 +80,11 @@ def run(block: Block, folder: Path, command, capsys, of_a_model: bool) -> None:
         (folder / block.file).write_text(block.text)
     elif block.kind == "bash":
         for line in block.text.replace("\\\n", " ").splitlines():
-            words = short(shlex.split(line, comments=True))
+            words = shlex.split(line, comments=True)
             if words and of_a_model and words[0] == "lab-train":
                 check(compose(words[1:]))
             elif words:
-                done = command(*words, cwd=folder)
+                done = command(*short(words), cwd=folder)
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     elif block.kind == "python":
         capsys.readouterr()

@@ -12,7 +12,7 @@
 
 namespace {
 
-// ---- the instructions: operands in the order in which lab/ops/program.py writes them; those of matrices stand in linear.cpp
+// ---- the instructions: operands in the order in which lab/ops/program.py writes them; those of matrices stand in linear.cpp and experts.cpp
 
 // x = table[token] (+ places[position])
 void embed(Operands o, Call& call) {
@@ -309,7 +309,7 @@ void oscillate(Operands o, Call& call) {
 using Instruction = void (*)(Operands, Call&);
 constexpr Instruction INSTRUCTIONS[] = {  // in the order of lab/ops/program.py
     embed, norm, linear, map<Sigmoid>, map<Silu>, map<Gelu>, map<Softplus>, map<Relu>, add, multiply, conv, scan, state_space, rotate, attend, oscillate,
-    linear_packed, dplr, map<Tanh>, place};
+    linear_packed, dplr, map<Tanh>, place, experts};
 
 // The first of the largest, and NaN is larger than any number: as torch's argmax.
 int64_t argmax(const float* x, int64_t n) {

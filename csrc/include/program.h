@@ -55,3 +55,6 @@ template <class F> void in_parts(int64_t n, int64_t unit, int64_t work, int64_t 
 // y = weight x + bias, with weights in float or packed
 void linear(Operands o, Call& call);
 void linear_packed(Operands o, Call& call);
+
+// a mixture of experts
+void experts(Operands o, Call& call);

@@ -28,6 +28,7 @@ from lab.layers.feed_forward import FeedForward
 from lab.mixers.base import Output, at_least_float32, check_at_least
 from lab.ops.backend import exporting, without_autocast
 from lab.ops.grouped_matmul import grouped_matmul
+from lab.ops.program import Program, Value
 
 
 class MoE(FeedForward):
@@ -115,6 +116,9 @@ class MoE(FeedForward):
         share = torch.zeros_like(logits).scatter(1, choice, weight)
         out = ACTIVATIONS[self.activation](tokens @ self.up) @ self.down  # (E, T, D)
         return (out * share.T[..., None]).sum(0)
+
+    def program(self, p: Program, x: Value) -> Value:
+        return p.experts(x, p.linear(self.router, x), self.up, self.down, self.top_k, self.activation)
 
     def means(self, logits: Tensor, choice: Tensor, real: Tensor | None) -> dict[str, Tensor]:
         chosen = torch.zeros_like(logits).scatter(1, choice, 1 / self.top_k)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 GROUP = 16  # numbers of adjacent channels that the kernel keeps together; every region begins at a multiple of it
 INSTRUCTIONS = (
     "embed", "norm", "linear", "sigmoid", "silu", "gelu", "softplus", "relu", "add", "multiply", "conv", "scan", "state_space", "rotate",
-    "attend", "oscillate", "linear_packed", "dplr", "tanh", "place",
+    "attend", "oscillate", "linear_packed", "dplr", "tanh", "place", "experts",
 )  # fmt: skip
 """In the order of csrc/cpu/decode.cpp."""
 
@@ -156,6 +156,18 @@ class Program:
             raise ValueError(f"program: apply has no {function}")
         y = self.value(x.width)
         self._emit(function, y, x, x.width)
+        return y
+
+    def experts(self, x: Value, logits: Value, up: Tensor, down: Tensor, top_k: int, activation: Literal["silu", "gelu", "relu"]) -> Value:
+        """sum of w_e act(x up_e) down_e over the top_k largest logits, w their softmax (top_k = 1: that over all). up (E, D, F), down
+        (E, F, D)."""
+        E, D, F = up.shape
+        self._check(x.width == D and logits.width == E >= top_k and down.shape == (E, F, D), "experts", x)
+        y = self.value(D)
+        with self.scratch():
+            chosen, hidden = self.value(E), self.value(F)
+        place = ("silu", "gelu", "relu").index(activation)
+        self._emit("experts", y, x, logits, chosen, hidden, self.weight(up), self.weight(down), E, D, F, top_k, place)
         return y
 
     def add(self, a: Value, b: Value, onto: Value | None = None) -> Value:
