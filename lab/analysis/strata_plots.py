@@ -43,7 +43,7 @@ def strata(model: Any, tokens: Any, block: int = -1) -> Plot:
         rows, 2, width_ratios=[60, 1], hspace=0.38, wspace=0.03, left=0.1, right=0.91, top=0.95, bottom=0.12,
         height_ratios=[1.2] * top + [1.0] * len(ratios) + [1.2],
     )  # fmt: skip
-    if top:
+    if phases is not None:
         _map(figure, grid, 0, phases.T, length, "twilight", (0, 2 * np.pi), "phase (rad)", "oscillator", "phases of the positions")
     largest = max((size.max() for size in sizes if size.size), default=1.0)
     for s, (ratio, size) in enumerate(zip(ratios, sizes, strict=True)):
@@ -51,7 +51,7 @@ def strata(model: Any, tokens: Any, block: int = -1) -> Plot:
         for i, token in enumerate(size):
             held[(i + 1) * ratio - 1 : (i + 2) * ratio - 1] = token
         name = f"stratum {s}: |h|, a token for every {ratio}" if ratio > 1 else f"stratum {s}: |h|, every token"
-        order = np.argsort(model.blocks[block].fields[s].bias.detach().numpy())  # slow channels on top
+        order = np.argsort(-retentions[s].mean(0)) if len(size) else slice(None)  # those that remember longest on top
         axes = _map(figure, grid, s + top, held[:, order].T, length, "viridis", (0, largest), "|h|", "channel", name)
         axes.tick_params(labelbottom=s == len(ratios) - 1)
         if s == len(ratios) - 1:

@@ -212,8 +212,8 @@ class Laminar(SequenceModel, LaminarNetConfig):
         return low if low == high else position
 
     def embed(self, tokens: Tensor, state: State, start: int | Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases, (B, L, P)
-        or (1, L, P) where all rows agree, and what they go on with."""
+        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases,
+        (B, L, P) or (1, L, P) where all rows agree, and what they go on with."""
         x, L = looked_up(self.embedding, tokens, self.d_model, "LaminarNet"), tokens.shape[1]
         if self.position == "rope":
             places = torch.arange(L, device=x.device) + (start[:, None] if isinstance(start, Tensor) else start)
