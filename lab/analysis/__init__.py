@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lab.analysis.expert_plots import plot_expert_history, plot_experts
     from lab.analysis.plots import plot_attention, plot_delimiter_wave, plot_history, plot_receptive_field
     from lab.analysis.state_space_plots import plot_responses, plot_selectivity, plot_spectrum, plot_time_steps
+    from lab.analysis.strata_plots import plot_strata
 
 _HOME = {
     "plot_attention": "plots",
@@ -20,6 +21,7 @@ _HOME = {
     "plot_responses": "state_space_plots",
     "plot_selectivity": "state_space_plots",
     "plot_spectrum": "state_space_plots",
+    "plot_strata": "strata_plots",
     "plot_time_steps": "state_space_plots",
 }
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "plot_responses",
     "plot_selectivity",
     "plot_spectrum",
+    "plot_strata",
     "plot_time_steps",
 ]
 

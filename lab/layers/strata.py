@@ -18,8 +18,8 @@ from lab.mixers.base import at_least_float32
 
 
 class Windows(NamedTuple):
-    """Where the tokens of a chunk stand in the windows of the next stratum. Rows that begin at the same place, the usual case, have a number
-    as `offset`: windows are then made by a reshape. Otherwise they are gathered."""
+    """Where the tokens of a chunk stand in the windows of the next stratum. If all rows begin at the same place, the usual case, `offset` is
+    a number, and windows are made by a reshape. Otherwise they are gathered."""
 
     q: int  # tokens of a window
     fine: int  # F, padding included
@@ -64,13 +64,10 @@ class Windows(NamedTuple):
         return rest if before is None else rest + before * (complete == 0)[:, None]
 
     def held(self, messages: Tensor, before: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """messages (B, C, D), before (B, D) the newest one of an earlier chunk, None for none, which is zero -> for each fine token the newest
-        message (B, F, D), and if it is wanted the last one (B, D)."""
-        first = torch.zeros_like(messages[:, :1]) if before is None else before[:, None].to(messages.dtype)
-        if before is None and not messages.shape[1]:
-            first = messages.new_zeros(messages.shape[0], 1, messages.shape[-1])
-        every = torch.cat([first, messages], 1)
-        D = every.shape[-1]
+        """messages (B, C, D), before (B, D) the newest one of an earlier chunk, None for none, which is zero -> for each fine token the
+        newest message (B, F, D), and if it is wanted the last one (B, D)."""
+        B, _, D = messages.shape
+        every = torch.cat([messages.new_zeros(B, 1, D) if before is None else before[:, None].to(messages.dtype), messages], 1)
         if isinstance(self.offset, Tensor):
             newest = (self.offset[:, None] + torch.arange(self.fine, device=every.device) + 1) // self.q
             held = every.gather(1, newest[..., None].expand(-1, -1, D))

@@ -5,8 +5,8 @@
     h_t = a_t h_{t-1} + (1 - |a_t|) v_t                                              state (B, m), complex
     y_t = W_o (M h_t * sigmoid(g_t))                                                 M mixes heads of the readout
 
-B = batch, L = length, D = d_model, m = D / 2 complex channels, H = heads of m / H channels, c mod H the head of channel c, K = conv_kernel. Complex
-numbers are pairs side by side: h_t is read as D real numbers. All of it but W, W_o and the convolution is float32, also under autocast.
+B = batch, L = length, D = d_model, m = D / 2 complex channels, H = heads of m / H channels, c mod H the head of channel c, K = conv_kernel.
+Complex numbers are pairs side by side: h_t is read as D real numbers. Angles, decays and the recurrence are float32, also under autocast.
 State: {"conv": (B, K - 1, D), "h": (B, m, 2)}, float32, or float64 of a layer in float64.
 Record: retention |a| (B, L, m), size |h| (B, L, m).
 """
@@ -60,7 +60,7 @@ class GeometricDriftField(Mixer):
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
         channels = self.m // self.n_heads
-        share = (torch.arange(channels)[:, None] + torch.rand(channels, self.n_heads)) / channels  # one in each part of [0, 1), of every head
+        share = (torch.arange(channels)[:, None] + torch.rand(channels, self.n_heads)) / channels  # one in each part of [0, 1)
         low, high = math.log(self.dt_min), math.log(self.dt_max)
         dt = (low + (high - low) * share).exp().flatten()
         with torch.no_grad():
@@ -87,7 +87,9 @@ class GeometricDriftField(Mixer):
     def mixed(self, read: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D): sum_h M_gh of the heads h, for every head g. Channel c belongs to head c mod H: so this is one product
         with a small matrix, on the numbers as they lie."""
-        pairs = torch.kron(self.head_mixing, torch.eye(2, device=read.device, dtype=self.head_mixing.dtype))  # real and imaginary part alike
+        pairs = torch.kron(
+            self.head_mixing, torch.eye(2, device=read.device, dtype=self.head_mixing.dtype)
+        )  # real and imaginary part alike
         return F.linear(read.unflatten(-1, (-1, 2 * self.n_heads)), pairs).flatten(-2)
 
     @property
@@ -95,9 +97,9 @@ class GeometricDriftField(Mixer):
         return self.bias
 
     def init_state(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        like = self.out_proj.weight
+        like, tail = self.out_proj.weight, len(self.conv_weight) - 1
         place, kind = device or like.device, state_type(dtype or like.dtype)
         return {
-            "conv": torch.zeros(batch_size, len(self.conv_weight) - 1, self.d_model, device=place, dtype=kind),
+            "conv": torch.zeros(batch_size, tail, like.shape[0], device=place, dtype=kind),
             "h": torch.zeros(batch_size, self.m, 2, device=place, dtype=kind),
         }

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 from lab.config.errors import nearest
 from lab.layers import MoE
 from lab.mixers import (
-    Attention, GatedMLP, GeometricDriftField, H3Layer, Lattice, MambaLayer, Mixer, S4DLayer, S4Layer, S5Layer, Serriform,
+    Attention,
+    GatedMLP,
+    GeometricDriftField,
+    H3Layer,
+    Lattice,
+    MambaLayer,
+    Mixer,
+    S4DLayer,
+    S4Layer,
+    S5Layer,
+    Serriform,
 )  # fmt: skip
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel

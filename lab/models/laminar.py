@@ -35,6 +35,7 @@ from lab.mixers.drift import GeometricDriftField
 from lab.models.base import SequenceModel
 from lab.models.stack import check_lengths
 from lab.ops.backend import exporting, recording
+from lab.ops.program import NotCompiled, Program, Value
 
 EPS = 1e-6  # of the RMS norms
 
@@ -99,7 +100,8 @@ class LaminarBlock(nn.Module):
         is wanted continues one, be it that before the first token."""
         S, wanted = len(strata), "state" in want
         strata = list(strata)
-        fields, sums, held = ([None] * S,) * 3 if state is None else (list(state[name]) for name in ("fields", "sums", "held"))
+        nothing: list[Any] = [None] * S
+        fields, sums, held = (nothing[:] if state is None else list(state[name]) for name in ("fields", "sums", "held"))
         record: dict[str, Tensor] = {}
         # A stratum without tokens stands still, most strata at most steps; not in training, where every parameter has a gradient.
         moves = [x.shape[1] > 0 or (self.training and torch.is_grad_enabled()) for x in strata]
@@ -210,8 +212,8 @@ class Laminar(SequenceModel, LaminarNetConfig):
         return low if low == high else position
 
     def embed(self, tokens: Tensor, state: State, start: int | Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases (1 or B, L, P),
-        one row where all agree, and what they go on with."""
+        """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases,
+        (B, L, P) or (1, L, P) where all rows agree, and what they go on with."""
         x, L = looked_up(self.embedding, tokens, self.d_model, "LaminarNet"), tokens.shape[1]
         if self.position == "rope":
             places = torch.arange(L, device=x.device) + (start[:, None] if isinstance(start, Tensor) else start)
@@ -249,6 +251,9 @@ class Laminar(SequenceModel, LaminarNetConfig):
             for block in self.blocks
         ]
         return state
+
+    def program(self, p: Program, state: State) -> Value:
+        raise NotCompiled("which strata of a LaminarNet move differs from step to step, and a program has the same instructions at each")
 
 
 class LaminarNet(Laminar):
