@@ -54,7 +54,10 @@ def short(words: list[str]) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.name in ("kernels.md", "mixture_of_experts.md", "monitoring.md") else []) for path in DOCUMENTS],
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.name in ("kernels.md", "mixture_of_experts.md", "monitoring.md") else [])
+        for path in DOCUMENTS
+    ],
     ids=lambda path: path.name,
 )
 def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
