@@ -73,6 +73,14 @@ def test_models_and_the_page(script, tmp_path):
     assert "pip install transformers" in page and page.count("| mamba |") == 7  # 2 peers by 2 lengths, 2 allocators, shares
 
 
+def test_experts(script):
+    _, report = script("bench_moe", "--allocator", "default", "--only", "E 8")
+    rows = {(row["name"], row["against"]): row for row in report["rows"]}
+    assert {against for _, against in rows} == {"dense loop", "index_add loop", "MLP"} and len(rows) == 5
+    for (_, against), row in rows.items():
+        assert row["ratio"] > 0 and (row["difference"] is None if against == "MLP" else row["difference"] < 1e-5)
+
+
 @pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
 def test_decoding(script):
     printed, report = script("bench_decoding", "--only", "mamba")
