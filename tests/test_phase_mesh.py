@@ -78,7 +78,7 @@ def test_under_autocast_and_in_half_precision_the_phases_keep_their_digits(mesh)
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(ValueError, match="PhaseMesh: n_oscillators=0 and seq_len=8 must be positive"):
+    with pytest.raises(ValueError, match="PhaseMesh: n_oscillators=0 must be at least 1"):
         PhaseMesh(4, 0, 8)
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lab.mixers.base import check_at_least
 from lab.ops import kuramoto_scan
 
 
@@ -19,11 +20,11 @@ class PhaseMesh(nn.Module):
 
     def __init__(self, d_model: int, n_oscillators: int = 16, seq_len: int = 2048) -> None:
         super().__init__()
-        if n_oscillators < 1 or seq_len < 1:
-            raise ValueError(f"PhaseMesh: n_oscillators={n_oscillators} and seq_len={seq_len} must be positive")
+        check_at_least("PhaseMesh", 1, n_oscillators=n_oscillators, seq_len=seq_len)
         self.seq_len = seq_len
         self.omega = nn.Parameter(torch.empty(n_oscillators))
         self.K = nn.Parameter(torch.empty(n_oscillators, n_oscillators))
+        self.K._optim = {"weight_decay": 0.0}  # type: ignore[attr-defined]  # like omega: what moves the phases
         self.proj = nn.Linear(2 * n_oscillators, d_model, bias=False)
         self.reset_parameters()
 

@@ -49,9 +49,10 @@ class GeometricDriftField(Mixer):
         self.theta_max, self.dt_min, self.dt_max = theta_max, dt_min, dt_max
         self.conv_weight = nn.Parameter(torch.empty(conv_kernel, d_model))
         self.conv_bias = nn.Parameter(torch.empty(d_model))
-        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.bias = nn.Parameter(torch.empty(self.m))
         self.head_mixing = nn.Parameter(torch.empty(n_heads, n_heads))
+        self.head_mixing._optim = {"weight_decay": 0.0}  # type: ignore[attr-defined]  # its rest is the identity, not 0
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 

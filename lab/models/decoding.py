@@ -68,6 +68,9 @@ def decode(model: SequenceModel, state: State, last: Tensor, n: int, choose: Cal
 
 def unsuited(model: nn.Module) -> str | None:
     """What about the modules of a model only its own `forward` can heed, or None."""
+    from lab.models.base import SequenceModel  # which imports this module
+
+    without = FeedForward.program, Mixer.program, SequenceModel.program
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
@@ -80,7 +83,7 @@ def unsuited(model: nn.Module) -> str | None:
             return f"{what} has hooks, which must see every step"
         if own := [attribute for attribute in vars(module) if callable(getattr(type(module), attribute, None))]:
             return f"{what} has a {own[0]} of its own"
-        if getattr(type(module), "program", None) in (FeedForward.program, Mixer.program):
+        if getattr(type(module), "program", None) in without:
             return f"{type(module).__name__} has no program"
         if hasattr(module, "program") and (changed := changed_since(type(module), "program")):
             return f"{type(module).__name__} changes {changed} of a class whose program it inherits"
