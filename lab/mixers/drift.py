@@ -61,7 +61,9 @@ class GeometricDriftField(Mixer):
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
         channels = self.m // self.n_heads
-        share = (torch.arange(channels)[:, None] + torch.rand(channels, self.n_heads)) / channels  # one in each part of [0, 1), of every head
+        share = (
+            torch.arange(channels)[:, None] + torch.rand(channels, self.n_heads)
+        ) / channels  # one in each part of [0, 1), of every head
         low, high = math.log(self.dt_min), math.log(self.dt_max)
         dt = (low + (high - low) * share).exp().flatten()
         with torch.no_grad():
@@ -86,7 +88,9 @@ class GeometricDriftField(Mixer):
     def mixed(self, read: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D): sum_h M_gh of the heads h, for every head g. Channel c belongs to head c mod H: so this is one product
         with a small matrix, on the numbers as they lie."""
-        pairs = torch.kron(self.head_mixing, torch.eye(2, device=read.device, dtype=self.head_mixing.dtype))  # real and imaginary part alike
+        pairs = torch.kron(
+            self.head_mixing, torch.eye(2, device=read.device, dtype=self.head_mixing.dtype)
+        )  # real and imaginary part alike
         return F.linear(read.unflatten(-1, (-1, 2 * self.n_heads)), pairs).flatten(-2)
 
     @property
