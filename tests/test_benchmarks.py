@@ -92,3 +92,10 @@ def test_decoding(script):
     assert [row["name"] for row in report["positions"]][::2] == ["serriform", "serriform with experts", "attention"]
     assert "compiled: serriform with experts is faster than attention " in printed
     assert "serriform: 29,293 parameters, attention: 29,280" in printed
+
+
+def test_far_out(script):
+    printed, report = script("bench_far", "--only", "laminar")
+    near, far = report["far"]
+    assert near["state_bytes"] == far["state_bytes"] > 0 and far["position"] > near["position"] and far["ratio"] == far["ms"] / near["ms"]
+    assert "state, bytes" in printed
