@@ -67,7 +67,8 @@ MODELS = """
 ## Training steps
 
 Forward, cross-entropy, backward, clipping and AdamW; 4 layers, d_model 256, vocabulary 256, batch {batch}. mambapy and s5-pytorch give the
-layer, in lab's trunk; transformers the whole model. All start from the same weights.
+layer, in lab's trunk; transformers the whole model. Those start from the same weights. laminarnet is the public model of that name at the
+same sizes, which computes something else: its recurrence does not turn.
 
 | model | against | L | lab, ms | other, ms | ratio, default | ratio, reuse | ± | lab, MiB | other, MiB | difference |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -154,12 +155,12 @@ def page(reports: list[Row]) -> str:
         for row, *ratios in paired(rows, "name", "against", "length"):
             text += line(row["name"], row["against"], row["length"], *compared(row, *ratios))
         rows = [row for report in models for row in report["growth"]]
-        lengths = rows[0]["lengths"]
+        lengths = max((row["lengths"] for row in rows), key=len)
         text += GROWTH.format(lengths=" | ".join(f"{length}: ms, MiB" for length in lengths), bars="---|" * len(lengths))
         for row in rows:
             exponents = [f"{row[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
             each = [f"{figure(ms)}, {figure(mb)}" for ms, mb in zip(row["ms"], row["mb"], strict=True)]
-            text += line(row["name"], row["allocator"], *exponents, *each)
+            text += line(row["name"], row["allocator"], *exponents, *each, *[""] * (len(lengths) - len(each)))
     for report in limits:
         text += LIMITS
         for row in report["limits"]:

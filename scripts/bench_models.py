@@ -28,18 +28,22 @@ from torch.nn import functional as F
 from lab.files import write_json
 from lab.mixers import MambaLayer, S4DLayer, S5Layer
 from lab.mixers.base import Mixer, Output, State
-from lab.models import Stack
+from lab.models import Laminar, SequenceModel, Stack
 
 VOCABULARY = 256
-MODELS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4d": S4DLayer, "s5": S5Layer}
+MODELS = ("mamba", "s4d", "s5", "laminar")
+MIXERS: dict[str, Callable[..., Mixer]] = {"s4d": S4DLayer, "s5": S5Layer}  # of a plain stack
+CHUNK = 4096  # tokens of a prefill
 SIZES, QUICK = (256, 4), (32, 1)  # d_model, layers
 SLOW, MEMORY = 180.0, 0.5  # CPU seconds and part of the free memory: a side whose step would take more is left out, and its row says so
 
 
-def lab_model(name: str, d_model: int, n_layers: int) -> nn.Module:
+def lab_model(name: str, d_model: int, n_layers: int) -> SequenceModel:
     torch.manual_seed(0)
+    if name == "laminar":
+        return Laminar(VOCABULARY, d_model, n_layers=n_layers, dropout=0.0)
     mamba = name == "mamba"
-    mixer = partial(MambaLayer, n_layers=n_layers) if mamba else MODELS[name]
+    mixer = partial(MambaLayer, n_layers=n_layers) if mamba else MIXERS[name]
     return Stack(VOCABULARY, d_model, n_layers, mixer, d_ff=0, position="none", norm="rms" if mamba else "layer", tied=mamba)
 
 
@@ -110,9 +114,20 @@ class Transformers(nn.Module):
         return self.model(tokens).logits
 
 
+def laminarnet(ours: Laminar) -> nn.Module:
+    """The public package's model of the same sizes. It computes something else: its recurrence does not turn."""
+    import laminarnet as public
+
+    sizes = {"d_model": ours.d_model, "n_heads": ours.n_heads, "n_layers": ours.n_layers, "d_ff": 4 * ours.d_model}
+    config = public.LaminarNetConfig(VOCABULARY, n_strata=ours.n_strata, strata_ratios=ours.ratios, dropout=0.0, **sizes)
+    return public.LaminarNet(config)
+
+
+LAMINARNET = benchmark.version("laminarnet")
 PEERS: dict[str, dict[str, Callable[[nn.Module], nn.Module]]] = {  # each makes its model of lab's
     "mamba": {benchmark.version("mambapy"): partial(swapped, MambapyLayer), benchmark.version("transformers"): Transformers},
     "s5": {benchmark.version("s5-pytorch"): partial(swapped, S5PytorchLayer)},
+    "laminar": {LAMINARNET: laminarnet},
 }
 
 
@@ -201,8 +216,10 @@ def compare(name: str, args: argparse.Namespace) -> list[benchmark.Row]:
     return rows
 
 
-def difference(makers: dict[str, Callable[[], nn.Module]], against: str) -> float:
-    """Of the logits of 64 tokens."""
+def difference(makers: dict[str, Callable[[], nn.Module]], against: str) -> float | None:
+    """Of the logits of 64 tokens; None of models that compute something else."""
+    if against == LAMINARNET:
+        return None
     with torch.no_grad():
         ours, theirs = (makers[side]()(tokens(1, 64)) for side in ("lab", against))
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
@@ -210,7 +227,8 @@ def difference(makers: dict[str, Callable[[], nn.Module]], against: str) -> floa
 
 def growth(name: str, args: argparse.Namespace) -> benchmark.Row:
     """Time and memory of a step of batch 1 over the length."""
-    sizes, lengths = (QUICK, (32, 64, 128)) if args.quick else (SIZES, tuple(1024 * 2**i for i in range(6)))
+    longest = 7 if name == "laminar" else 6  # doublings
+    sizes, lengths = (QUICK, (32, 64, 128)) if args.quick else (SIZES, tuple(1024 * 2**i for i in range(longest)))
     make = partial(lab_model, name, *sizes)
     times, memory = [], []
     for length in lengths:
@@ -247,7 +265,7 @@ def show(report: dict[str, Any]) -> None:
         figures[1] = row["note"] or figures[1]
         table.add_row(row["name"], row["against"], str(row["length"]), str(row["batch"]), row["allocator"], *figures)
     growing = Table(title="growth with the length, batch 1")
-    lengths = report["growth"][0]["lengths"] if report["growth"] else []
+    lengths = max((row["lengths"] for row in report["growth"]), key=len, default=[])
     for column in ("model", "allocator", "time", "memory", *(f"L {length}, ms / MiB" for length in lengths)):
         growing.add_column(column, justify="right")
     for row in report["growth"]:

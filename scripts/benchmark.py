@@ -19,7 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGES = {"mambapy": "mambapy", "s5": "s5-pytorch", "transformers": "transformers"}  # module -> what pip calls it
+PACKAGES = {
+    "laminarnet": "laminarnet",
+    "mambapy": "mambapy",
+    "s5": "s5-pytorch",
+    "transformers": "transformers",
+}  # module -> what pip calls it
 ALLOCATORS = ("default", "reuse")
 Row = dict[str, Any]
 

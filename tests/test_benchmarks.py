@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def script(tmp_path):
     """script("bench_ops", *arguments) -> what it printed and its JSON, without the peers even where they are installed."""
-    for module in ("mambapy", "s5", "transformers"):
+    for module in ("laminarnet", "mambapy", "s5", "transformers"):
         (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
     paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
