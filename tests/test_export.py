@@ -80,8 +80,9 @@ def test_pt2_exports_in_the_fast_suite_too(tmp_path):
         program(torch.zeros(1, 25, dtype=torch.long))
 
 
-@pytest.mark.parametrize("phase_mode", ["gain", pytest.param("literal", marks=pytest.mark.slow)])  # wave: the run below
-def test_phase_modes_export_to_onnx_in_the_fast_suite_too(phase_mode, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("phase_mode", ["gain", "literal"])  # wave: the run of test_export_command.py, in the fast suite
+def test_phase_modes_export_to_onnx(phase_mode, tmp_path):
     mixer = partial(lab.mixers.Lattice, n_heads=2, phase_mode=phase_mode, n_steps=2)
     check(export(Stack(V, 8, 1, mixer, max_len=12), "onnx", tmp_path, 12))
 
