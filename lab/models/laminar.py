@@ -148,6 +148,11 @@ class Laminar(SequenceModel, LaminarNetConfig):
         self.head = nn.Identity() if V is None else nn.Linear(D, V, bias=False)
         if V is not None:
             self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if isinstance(self.embedding, Embedding):  # larger than elsewhere: the branches drown what is small, logits start of order one
+            nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
 
     def forward(
         self,
