@@ -80,3 +80,10 @@ def test_decoding(script):
     assert rows["mamba", 5]["mambapy"] == "not installed: pip install mambapy" and rows["mamba", 40]["compiled"] > 0
     assert {row["name"] for row in report["generate"]} == {"mamba"} == {row["name"] for row in report["prefill"]}
     assert report["bound"][0]["tokens_per_second"] > 0 and "tokens/s of generate" in printed
+
+
+def test_far_out(script):
+    printed, report = script("bench_far", "--only", "laminar")
+    near, far = report["far"]
+    assert near["state_bytes"] == far["state_bytes"] > 0 and far["position"] > near["position"] and far["ratio"] == far["ms"] / near["ms"]
+    assert "state, bytes" in printed

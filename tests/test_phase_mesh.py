@@ -104,3 +104,9 @@ def test_an_exported_one_takes_any_length(mesh):
             x, phi = torch.randn(B, L, 6), torch.rand(B, 5, dtype=torch.float64)
             for graph in (exported, traced):
                 torch.testing.assert_close(graph(x, phi), module(x, phi))
+
+
+def test_embeddings_start_as_large_as_those_of_tokens():
+    mesh = PhaseMesh(256)
+    initialise(mesh, 0)
+    assert 0.015 < mesh(2048)[0].std().item() < 0.025

@@ -32,7 +32,8 @@ class PhaseMesh(nn.Module):
         with torch.no_grad():
             self.omega.copy_(torch.linspace(slowest, fastest, len(self.omega)).exp())
         nn.init.normal_(self.K, std=1e-3)
-        nn.init.normal_(self.proj.weight, std=(self.proj.weight.shape[0] * len(self.omega)) ** -0.5)  # as large as LaminarNet's tokens
+        # Embeddings like those of tokens, of standard deviation 0.02: nn.Linear's own would be 20 times as large and drown them.
+        nn.init.normal_(self.proj.weight, std=0.02 / math.sqrt(len(self.omega)))
 
     def forward(self, length: int, phi: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """phi (P,), or (B, P) where rows stand at different positions; None: the start of a sequence -> embedding (1 or B, L, D) and the

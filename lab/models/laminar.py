@@ -151,8 +151,12 @@ class Laminar(SequenceModel, LaminarNetConfig):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if isinstance(self.embedding, Embedding):  # larger than elsewhere: the branches drown what is small, logits start of order one
+        """Tokens and positions start equally large, and larger than elsewhere: with tied weights and N(0, 0.02^2) the first block's
+        branches drown them."""
+        if isinstance(self.embedding, Embedding):
             nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
+            if self.mesh is not None:
+                nn.init.normal_(self.mesh.proj.weight, std=(self.d_model * self.n_oscillators) ** -0.5)
 
     def forward(
         self,
