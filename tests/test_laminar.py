@@ -63,8 +63,8 @@ def written_out(model: LaminarNet, tokens: torch.Tensor) -> torch.Tensor:
         return linear(f"{name}.out_proj", torch.stack([mixed.real, mixed.imag], -1).reshape(D) * torch.sigmoid(gate)), (inputs, h)
 
     def swiglu(name, x):
-        a, b = linear(f"{name}.up", x).chunk(2)
-        return linear(f"{name}.down", a * torch.sigmoid(a) * b)
+        gate = linear(f"{name}.gate", x)
+        return linear(f"{name}.down", gate * torch.sigmoid(gate) * linear(f"{name}.up", x))
 
     logits = []
     for row in tokens:

@@ -45,14 +45,14 @@ def strata(model: Any, tokens: Any, block: int = -1) -> Plot:
     )  # fmt: skip
     if phases is not None:
         _map(figure, grid, 0, phases.T, length, "twilight", (0, 2 * np.pi), "phase (rad)", "oscillator", "phases of the positions")
-    largest = max((size.max() for size in sizes if size.size), default=1.0)
     for s, (ratio, size) in enumerate(zip(ratios, sizes, strict=True)):
         held = np.full((length, size.shape[1]), np.nan)  # blank until the first window is complete
         for i, token in enumerate(size):
             held[(i + 1) * ratio - 1 : (i + 2) * ratio - 1] = token
         name = f"stratum {s}: |h|, a token for every {ratio}" if ratio > 1 else f"stratum {s}: |h|, every token"
         order = np.argsort(-retentions[s].mean(0)) if len(size) else slice(None)  # those that remember longest on top
-        axes = _map(figure, grid, s + top, held[:, order].T, length, "viridis", (0, largest), "|h|", "channel", name)
+        span = (0.0, float(size.max()) if size.size else 1.0)
+        axes = _map(figure, grid, s + top, held[:, order].T, length, "viridis", span, "|h|", "channel", name)
         axes.tick_params(labelbottom=s == len(ratios) - 1)
         if s == len(ratios) - 1:
             axes.set_xlabel("token t", size=SIZE)

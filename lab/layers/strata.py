@@ -18,8 +18,8 @@ from lab.mixers.base import at_least_float32
 
 
 class Windows(NamedTuple):
-    """Where the tokens of a chunk stand in the windows of the next stratum. If all rows begin at the same place, the usual case, `offset` is
-    a number, and windows are made by a reshape. Otherwise they are gathered."""
+    """Where the tokens of a chunk stand in the windows of the next stratum. If all rows begin at the same place, the usual case, `offset`
+    is a number, and windows are made by a reshape. Otherwise they are gathered."""
 
     q: int  # tokens of a window
     fine: int  # F, padding included

@@ -7,9 +7,8 @@ from torch.nn import functional as F
 class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(
-            d_model, d_ff, bias=False
-        )  # one product for both would join their gradients by a copy, 5 % of a training step
+        # Two layers: one of twice the width would join their gradients by a copy, 5 % of a training step.
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
 

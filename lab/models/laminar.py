@@ -148,6 +148,15 @@ class Laminar(SequenceModel, LaminarNetConfig):
         self.head = nn.Identity() if V is None else nn.Linear(D, V, bias=False)
         if V is not None:
             self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Tokens and positions start equally large, and larger than elsewhere: with tied weights and N(0, 0.02^2) the first block's
+        branches drown them."""
+        if isinstance(self.embedding, Embedding):
+            nn.init.normal_(self.embedding.weight, std=self.d_model**-0.5)
+            if self.mesh is not None:
+                nn.init.normal_(self.mesh.proj.weight, std=(self.d_model * self.n_oscillators) ** -0.5)
 
     def forward(
         self,
