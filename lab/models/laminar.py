@@ -215,7 +215,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         if state is None:
             return torch.zeros(batch_size, dtype=torch.long, device=device) if exporting() else 0
         position: Tensor = state["position"]
-        if recording() or not len(position):
+        if recording() or position.is_meta or not len(position):
             return position
         low, high = (int(end) for end in torch.stack(position.aminmax()))
         return low if low == high else position
