@@ -72,3 +72,10 @@ def test_the_documented_size():
         assert {key: config[node][key] for key in values} == values
     mixer = prepare(config).model.blocks[0].mixer
     assert mixer.n_heads == 8 and torch.equal(mixer.W, neighbour_weights((2, 4), "moore", "open"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "serriform" in name])
+def test_serriformnet_can_lose_its_experts(name):
+    composed = compose([f"experiment={name}", "feed_forward=none"])
+    check(composed)
+    assert "feed_forward" not in composed.config["model"] and composed.config["loss_weights"] == {}

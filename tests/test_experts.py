@@ -85,8 +85,8 @@ def test_any_model_of_a_stack_takes_experts(model):
 
 
 def test_what_is_explained():
-    assert explain("feed_forward", ["feed_forward=moe"]).splitlines()[0] == "feed_forward = moe, of moe, none; it sets"
-    assert explain("feed_forward", []) == "feed_forward = none, of moe, none; it sets nothing"
+    assert explain("feed_forward", ["feed_forward=moe"]).splitlines()[0] == "feed_forward = moe, of moe, moe_narrow, none; it sets"
+    assert explain("feed_forward", []) == "feed_forward = none, of moe, moe_narrow, none; it sets nothing"
     assert "model.feed_forward.n_experts = 4" in explain("model.feed_forward", ["feed_forward=moe"])
 
 
@@ -100,7 +100,11 @@ def test_what_is_explained():
         ((*MOE, "model.d_ff=64"), r"model.d_ff \(command line\): Stack: d_ff=64 is the width of the MLP"),
         (("model.feed_forward.n_experts=8",), "an option, whose values these may be, is chosen by feed_forward=NAME"),
         (("model.feed_forward=moe",), "an option is chosen by feed_forward=moe"),
-        (("loss_weights.balance=1",), "the model has no auxiliary loss balance"),
+        (("loss_weights.balance=1",), "the model has no auxiliary loss balance.*; feed_forward=moe gives it one"),
+        (
+            (*MOE[:1], "model.feed_forward=null"),
+            "no auxiliary loss balance.*; feed_forward=moe gives .*, feed_forward=none takes its weight",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(words, sentence, tmp_path, monkeypatch):

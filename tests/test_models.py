@@ -83,7 +83,7 @@ def test_yaml_conforms(name):
     conform(lambda: from_yaml(name))
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba_attention"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "serriformnet", "mamba_attention"])
 def test_yaml_conforms_across_the_borders_of_chunks(name):
     model = from_yaml(OPTION.get(name, name), seq_len=conformance.LONG)
     initialise(model, 0)
@@ -367,6 +367,28 @@ def test_derived_metrics():
 def test_wrong_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         Stack(**{"vocab_size": V, "d_model": 16, "n_layers": 1, "mixer": partial(Attention, n_heads=4), "max_len": 8, **options})
+
+
+@pytest.mark.parametrize("name", ["transformer", "laminar", "serriform"])
+def test_calls_that_cannot_be_are_one_sentence(name):
+    model, tokens = from_yaml(name).eval(), random_tokens()
+    state = model.init_state(3)
+    own = type(model).__name__
+    calls = {
+        r"tokens must be integers \(B, L\), got torch.int64 \(9,\)": lambda: model(tokens[0]),
+        r"tokens must be integers \(B, L\), got torch.float32 \(3, 9\)": lambda: model(tokens.float()),
+        r"step takes one token of each row, \(B,\) or \(B, 1\), got \(3, 2\)": lambda: model.step(tokens[:, :2], state),
+        "the state has 3 rows, the tokens have 2": lambda: model(tokens[:2], state),
+        "the state has 3 rows, the tokens have 1": lambda: model.step(tokens[:1, 0], state),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{own}: {sentence}$"):
+            call()
+    with pytest.raises(ValueError, match=f"^{own} is a decoder without cross-attention: it takes no source$"):
+        model(tokens, source=tokens)
+    floats = Stack(None, 16, 1, partial(Attention, n_heads=4), max_len=8)
+    with pytest.raises(ValueError, match=r"^Stack: step takes one vector of each row, \(B, D\) or \(B, 1, D\), got \(3, 2, 16\)$"):
+        floats.step(torch.zeros(3, 2, 16), floats.init_state(3))
 
 
 def test_a_source_is_refused():

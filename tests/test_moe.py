@@ -170,6 +170,18 @@ def test_a_row_without_tokens_and_a_batch_without_any():
     assert not none.y.any() and all(torch.isfinite(loss) for loss in none.losses.values())
 
 
+def test_padding_that_is_no_number_is_nowhere_in_the_gradients():
+    moe, x = layer()
+    real = (torch.arange(L) < LENGTHS[:, None])[..., None]
+    grads = []
+    for padding in (0.0, math.nan):
+        padded = torch.where(real, x, padding)
+        out = moe(padded, lengths=LENGTHS, want=("losses",))
+        grads.append(torch.autograd.grad(out.y.square().sum() + sum(out.losses.values()), [x, *moe.parameters()]))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert all(torch.isfinite(g).all() for g in grads[1])
+
+
 # ---- in a stack
 
 

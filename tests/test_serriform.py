@@ -226,6 +226,8 @@ def test_the_documented_constructor_is_the_yaml():
         documented = SerriformNet(vocab_size=50257)
     assert (documented.d_model, len(documented.blocks)) == (512, 12)
     assert receptive_field.by_convolution(documented) == 57  # as far as the public code sees, too
+    assert documented.blocks[0].mlp.up.shape == (4, 512, 512)  # four experts have the weights of one MLP of 4 dim
+    assert SerriformNet(V, 8, 1, arch_config={"d_ff": 12}).blocks[0].mlp.up.shape == (4, 8, 12)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,9 @@ def test_the_documented_constructor_is_the_yaml():
             "Serriform: use_conv and use_recurrence are both off, so nothing is mixed over time; ",
         ),
         ({"topology": "series"}, "Serriform: topology='series'; expected sequential or parallel"),
-        ({"activation": "tanh"}, "Serriform: activation='tanh'; expected silu, gelu, relu, or None for silu and gelu"),
+        ({"activation": "tanh"}, "Serriform: activation='tanh'; expected silu, gelu, relu"),
+        ({"use_moe": "no"}, "SerriformNet: arch_config use_moe='no' must be True or False"),
+        ({"use_conv": 0}, "SerriformNet: arch_config use_conv=0 must be True or False"),
         ({"conv_dilation_growth": 0.5}, "Serriform: conv_dilation_growth=0.5 must be a number of at least 1"),
         ({"conv_dilation_growth": "2"}, "Serriform: conv_dilation_growth='2' must be a number of at least 1"),
         ({"conv_kernel_size": 0}, "Serriform: conv_kernel_size=0 must be at least 1"),

@@ -80,6 +80,8 @@ class MoE(FeedForward):
         B, L, D = x.shape
         tokens = x.reshape(-1, D)
         real = None if lengths is None else (torch.arange(L, device=x.device) < lengths.to(x.device)[:, None]).flatten()
+        if real is not None:  # 0 times a NaN of the padding would be one in the gradients
+            tokens = torch.where(real[:, None], tokens, 0)
         with without_autocast(x):  # bfloat16 has too few digits to choose by
             logits = F.linear(at_least_float32(tokens), at_least_float32(self.router.weight))
         noise = self.router_noise * torch.randn_like(logits) if self.training and self.router_noise else 0

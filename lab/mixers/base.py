@@ -31,9 +31,7 @@ class Output(NamedTuple):
     state: State = None
     losses: Mapping[str, Tensor] = {}  # named, unweighted scalars
     record: Mapping[str, Any] = {}  # diagnostics: tensors at mixer level, lists over the layers at model level
-    means: Mapping[
-        str, Tensor
-    ] = {}  # means over real tokens that losses are functions of; at model level the layers stacked, (n_layers, ...)
+    means: Mapping[str, Tensor] = {}  # over real tokens, what losses are functions of; at model level (n_layers, ...)
 
 
 def check_want(want: tuple[str, ...]) -> None:

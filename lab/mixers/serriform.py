@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.layers.activation import ACTIVATIONS, Activation
+from lab.layers.activation import ACTIVATIONS, Activation, check_activation
 from lab.mixers.base import Mixer, Output, State, at_least_float32, check_at_least, state_type
 from lab.ops import causal_conv, linear_recurrence
 from lab.ops.program import Program, Value, without_dropout
@@ -58,8 +58,8 @@ class Serriform(Mixer):
             raise ValueError(f"Serriform: conv_dilation_growth={conv_dilation_growth!r} must be a number of at least 1")
         if topology not in ("sequential", "parallel"):
             raise ValueError(f"Serriform: topology={topology!r}; expected sequential or parallel")
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"Serriform: activation={activation!r}; expected {', '.join(ACTIVATIONS)}, or None for silu and gelu")
+        if activation is not None:
+            check_activation("Serriform", activation)
         if not (use_conv or use_recurrence or allow_no_time_mixing):
             raise ValueError(
                 "Serriform: use_conv and use_recurrence are both off, so nothing is mixed over time; allow_no_time_mixing=True permits it"

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lab.layers.embedding import check_tokens
 from lab.mixers.base import Output, State
 from lab.models.decoding import decode
 from lab.models.sampling import check_sampling, choose
+from lab.ops.backend import recording
 from lab.ops.program import NotCompiled, Program, Value
 
 
@@ -30,6 +32,8 @@ class SequenceModel(nn.Module, ABC):
     causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
+    embedding: nn.Module  # of tokens; nn.Identity in a model without a vocabulary
+    d_model: int
 
     @abstractmethod
     def forward(
@@ -84,7 +88,11 @@ class SequenceModel(nn.Module, ABC):
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: (B,) or (B, 1) -> logits (B, V) and the next state. Pure: `state` can be continued again. A model without a
         vocabulary takes one vector, (B, D) or (B, 1, D)."""
-        one = token.reshape(len(token), 1, -1) if token.is_floating_point() else token.reshape(-1, 1)
+        vector = token.is_floating_point()
+        if not recording() and token.shape[1 : token.ndim - vector] not in ((), (1,)):
+            what = "one vector of each row, (B, D) or (B, 1, D)" if vector else "one token of each row, (B,) or (B, 1)"
+            raise ValueError(f"{type(self).__name__}: step takes {what}, got {tuple(token.shape)}")
+        one = token.reshape(len(token), 1, -1) if vector else token.reshape(-1, 1)
         out = self(one, state, want=("state",))
         return out.y[:, 0], out.state
 
@@ -209,9 +217,39 @@ class SequenceModel(nn.Module, ABC):
             if bool(stopped.all()):
                 return
 
+    def check_call(self, tokens: Tensor, state: State, lengths: Tensor | None, source: Tensor | None) -> None:
+        """ValueError for arguments of `forward` that cannot be, by their shapes and types; nothing that stalls a GPU. For a decoder."""
+        self.check_no_source(source)
+        if recording():
+            return
+        owner = type(self).__name__
+        check_tokens(self.embedding, tokens, self.d_model, owner)
+        if lengths is not None:
+            check_lengths(lengths, tokens, owner)
+        if state is not None and len(state["position"]) != len(tokens):
+            raise ValueError(f"{owner}: the state has {len(state['position'])} rows, the tokens have {len(tokens)}")
+
+    def check_no_source(self, source: Tensor | None) -> None:
+        if source is not None:
+            raise ValueError(f"{type(self).__name__} is a decoder without cross-attention: it takes no source")
+
     def check_length(self, length: int, what: str) -> None:
         if self.max_len is not None and length > self.max_len:
             raise ValueError(f"{type(self).__name__}: {what} needs length {length}, but the model was built with max_len={self.max_len}")
+
+
+def check_lengths(lengths: Tensor, tokens: Tensor, owner: str) -> None:
+    """ValueError for lengths that are not one of 0 .. L for each row; on a GPU, which a look at them would stall, only for their number."""
+    B, L = tokens.shape[:2]
+    if lengths.shape != (B,):
+        raise ValueError(f"{owner}: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
+    if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
+        raise ValueError(f"{owner}: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
+
+
+def last_real(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, L, D) -> (B, 1, D), of each row's last real token."""
+    return x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lab.config.errors import nearest
-from lab.layers import MoE
 from lab.mixers import (
     Attention,
     GatedMLP,
@@ -24,11 +23,11 @@ from lab.mixers import (
     S4DLayer,
     S4Layer,
     S5Layer,
-    Serriform,
 )  # fmt: skip
 from lab.mixers.base import check_at_least
 from lab.models.base import SequenceModel
 from lab.models.laminar import Laminar
+from lab.models.serriform import KEYS, SerriformNet
 from lab.models.stack import Stack
 
 
@@ -47,7 +46,6 @@ ARCHITECTURES = {
     "s4": Architecture(S4Layer, STATE_SPACE),
     "s4d": Architecture(S4DLayer, STATE_SPACE),
     "s5": Architecture(S5Layer, STATE_SPACE),
-    "serriformnet": Architecture(Serriform, {"d_ff": 0, "position": "gate", "norm": "rms", "feed_forward": MoE}),
     "transformer": Architecture(partial(Attention, n_heads=8)),
 }
 LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "s4d": S4DLayer, "s5": S5Layer}
@@ -56,6 +54,8 @@ LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
 OF_LAMINAR = {**OURS, "max_seq_len": "seq_len"}
+OF_SERRIFORM = {"d_model": "dim", "n_layers": "num_layers", "max_len": "max_seq_len"}  # whose own names are the documented ones
+OWN_CLASSES = ("laminarnet", "serriformnet")  # not a Stack of a layer by its name
 
 
 def create_model(
@@ -75,15 +75,17 @@ def create_model(
     has the diagonal state space of its paper and mamba the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
-    layer around a slot. Both win over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where
-    there are positions. ValueError for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
+    layer around a slot. Of serriformnet: the keys of arch_config, in either, and in architecture_kwargs those of SerriformNet. Both win
+    over the other arguments and are left as they are. d_state counts for state spaces, max_seq_len where there are positions. ValueError
+    for what does not exist. `initialise(model, seed)` makes the weights those of a seed.
     """
-    _expect("architecture", architecture, (*ARCHITECTURES, "laminarnet"))
+    _expect("architecture", architecture, (*ARCHITECTURES, *OWN_CLASSES))
     _check_general(d_model, num_layers, dropout)
-    if architecture == "laminarnet":
+    if architecture in OWN_CLASSES:
         if ssm_layer is not None:
-            raise ValueError(f"create_model: laminarnet has no place for an ssm_layer, got {ssm_layer}; leave it out")
-        return _laminarnet(layer_kwargs, architecture_kwargs, vocab_size, d_model, num_layers, max_seq_len, dropout)
+            raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
+        make = _laminarnet if architecture == "laminarnet" else _serriformnet
+        return make(layer_kwargs, architecture_kwargs, vocab_size, d_model, num_layers, max_seq_len, dropout)
     layer, defaults, own = ARCHITECTURES[architecture]
     if ssm_layer is not None:
         _expect("ssm_layer", ssm_layer, LAYERS)
@@ -112,9 +114,8 @@ def create_model(
     offered = {"d_state": d_state, "n_layers": arguments["n_layers"]}
     if inside is not None:
         of_block["ssm_layer"] = _partial(inside, offered, of_layer)
-    elif twice := of_block.keys() & of_layer.keys():
-        raise ValueError(f"create_model: {min(twice)} is given twice, in layer_kwargs and in architecture_kwargs")
     else:
+        _refuse_twice(of_layer, of_block)
         of_block |= of_layer
     return Stack(mixer=_partial(layer, offered, of_block), **arguments)
 
@@ -139,9 +140,32 @@ def _laminarnet(
     general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "seq_len": max_seq_len, "dropout": dropout}
     of_layer = _checked("layer_kwargs", layer_kwargs, valid, OF_LAMINAR)
     of_model = _checked("architecture_kwargs", architecture_kwargs, valid, OF_LAMINAR)
-    if twice := of_layer.keys() & of_model.keys():
-        raise ValueError(f"create_model: {min(twice)} is given twice, in layer_kwargs and in architecture_kwargs")
+    _refuse_twice(of_layer, of_model)
     return Laminar(**{**general, **of_layer, **of_model})
+
+
+def _serriformnet(
+    layer_kwargs: Mapping[str, Any] | None,
+    architecture_kwargs: Mapping[str, Any] | None,
+    vocab_size: int | None,
+    d_model: int,
+    num_layers: int,
+    max_seq_len: int,
+    dropout: float,
+) -> SerriformNet:
+    """dropout is the mixer's in layer_kwargs, and the model's in architecture_kwargs."""
+    general = {"vocab_size": vocab_size, "dim": d_model, "num_layers": num_layers, "max_seq_len": max_seq_len, "dropout": dropout}
+    valid = {"layer_kwargs": KEYS, "architecture_kwargs": KEYS | general.keys()}
+    of_layer = _checked("layer_kwargs", layer_kwargs, valid, OF_SERRIFORM)
+    given = _checked("architecture_kwargs", architecture_kwargs, valid, OF_SERRIFORM)
+    of_model = {name: given.pop(name) for name in general if name in given}
+    _refuse_twice(of_layer, given)
+    return SerriformNet(**{**general, **of_model}, arch_config={**of_layer, **given})
+
+
+def _refuse_twice(of_layer: Mapping[str, Any], of_stack: Mapping[str, Any]) -> None:
+    if twice := of_layer.keys() & of_stack.keys():
+        raise ValueError(f"create_model: {min(twice)} is given twice, in layer_kwargs and in architecture_kwargs")
 
 
 def _partial(layer: Callable[..., Mixer], offered: Mapping[str, Any], given: Mapping[str, Any]) -> Callable[..., Mixer]:

@@ -32,8 +32,7 @@ from lab.layers.strata import Route, Windows, windows_of
 from lab.layers.swiglu import SwiGLU
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want, state_type
 from lab.mixers.drift import GeometricDriftField
-from lab.models.base import SequenceModel
-from lab.models.stack import check_lengths
+from lab.models.base import SequenceModel, last_real
 from lab.ops.backend import exporting, recording
 from lab.ops.program import NotCompiled, Program, Value
 
@@ -168,9 +167,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
         check_want(want)
-        check_no_source(source)
-        if lengths is not None and not recording():
-            check_lengths(lengths, tokens, "LaminarNet")
+        self.check_call(tokens, state, lengths, source)
         (B, L), wanted = tokens.shape[:2], "state" in want
         real = None if lengths is None else lengths.to(tokens.device, torch.long)
         start = self.start(state, B, tokens.device)
@@ -195,7 +192,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
             outputs.append(out)
         y = strata[0]
         if "last" in want:
-            y = y[:, -1:] if real is None else y[torch.arange(B, device=y.device), real - 1, None]
+            y = last_real(y, real)
         logits = self.head(self.norm(y))
         if not want:
             return logits
@@ -223,7 +220,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
     def embed(self, tokens: Tensor, state: State, start: int | Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D) with the positions in it; of pme the phases,
         (B, L, P) or (1, L, P) where all rows agree, and what they go on with."""
-        x, L = looked_up(self.embedding, tokens, self.d_model, "LaminarNet"), tokens.shape[1]
+        x, L = looked_up(self.embedding, tokens, type(self).__name__), tokens.shape[1]
         if self.position == "rope":
             places = torch.arange(L, device=x.device) + (start[:, None] if isinstance(start, Tensor) else start)
             return rotated(x, places), None, None
@@ -240,7 +237,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        check_no_source(source)
+        self.check_no_source(source)
         like = self.norm.weight
         place, kind = torch.device(device) if device is not None else like.device, state_type(dtype or like.dtype)
 
@@ -271,8 +268,3 @@ class LaminarNet(Laminar):
     def __init__(self, config: LaminarNetConfig) -> None:
         super().__init__(**{field.name: getattr(config, field.name) for field in fields(LaminarNetConfig)})
         self.config = config
-
-
-def check_no_source(source: Tensor | None) -> None:
-    if source is not None:
-        raise ValueError("LaminarNet is a decoder without cross-attention: it takes no source")

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.config.errors import hint
 from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate
+from lab.layers.embedding import looked_up
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
-from lab.models.base import SequenceModel
+from lab.models.base import SequenceModel, last_real
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
@@ -136,10 +137,7 @@ class Stack(SequenceModel):
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
         check_want(want)
-        if source is not None:
-            raise ValueError("Stack is a decoder without cross-attention: it takes no source")
-        if lengths is not None and not recording():
-            check_lengths(lengths, tokens)
+        self.check_call(tokens, state, lengths, source)
         x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
         layers = [None] * len(self.blocks) if state is None else state["layers"]
         outputs = []
@@ -151,20 +149,13 @@ class Stack(SequenceModel):
             x = out.y if want else out
             outputs.append(out)
         if "last" in want:
-            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
+            x = last_real(x, lengths)
         logits = self.head(self.norm(x))
         return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
 
     def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
         """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D)"""
-        if isinstance(self.embedding, nn.Identity) and not recording():
-            if tokens.ndim != 3 or not tokens.is_floating_point() or tokens.shape[-1] != self.d_model:
-                raise ValueError(f"Stack without vocab_size takes floats (B, L, {self.d_model}), got {tokens.dtype} {tuple(tokens.shape)}")
-        try:
-            x = self.embedding(tokens)
-        except IndexError:  # of the CPU; a GPU ends the process by itself
-            low, high, most = int(tokens.min()), int(tokens.max()), cast(Embedding, self.embedding).num_embeddings - 1
-            raise ValueError(f"Stack: token {low if low < 0 else high} is not in the vocabulary, 0..{most}") from None
+        x = looked_up(self.embedding, tokens, type(self).__name__)
         if self.position is None:
             return x
         L = tokens.shape[1]
@@ -207,8 +198,7 @@ class Stack(SequenceModel):
     def init_state(
         self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        if source is not None:
-            raise ValueError("Stack is a decoder without cross-attention: it takes no source")
+        self.check_no_source(source)
         position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)
         return {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
 
@@ -221,7 +211,7 @@ class Stack(SequenceModel):
             raise NotCompiled("a Stack without vocab_size has no tokens to decode")
         without_dropout(self.dropout)
         learned = self.position if isinstance(self.position, Embedding) else None
-        x = p.embed(self.embedding, learned)
+        x = p.embed(cast(Embedding, self.embedding), learned)
         if self.position is not learned:
             x = part(self.position).program(p, x, state["position"])
         for block, layer in zip(self.blocks, state["layers"], strict=True):
@@ -255,15 +245,6 @@ def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | 
 def takes_layer(make: Callable[..., Mixer]) -> bool:
     """Whether a mixer is made for its number in the stack; not one to which another number was given."""
     return "layer" in inspect.signature(make).parameters and "layer" not in getattr(make, "keywords", {})
-
-
-def check_lengths(lengths: Tensor, tokens: Tensor, owner: str = "Stack") -> None:
-    """ValueError for lengths that are not one of 0 .. L for each row; on a GPU, which a look at them would stall, only for their number."""
-    B, L = tokens.shape[:2]
-    if lengths.shape != (B,):
-        raise ValueError(f"{owner}: lengths has shape {tuple(lengths.shape)}; expected ({B},), one per row")
-    if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= L:
-        raise ValueError(f"{owner}: lengths {lengths.tolist()} must lie in 0..{L}, the length of the batch")
 
 
 def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lab.config import MistakeError
 from lab.config.errors import hint
+from lab.layers import MoE
 
 Schedule = Literal["off", "ramp", "plateau"]
 
@@ -37,6 +38,8 @@ def parse_loss_weights(node: Mapping[str, Any], loss_names: tuple[str, ...], mod
         at = ("loss_weights", name)
         if name not in loss_names:
             advice = hint(name, loss_names, "it has") if loss_names else "; it has none"
+            if name in MoE.loss_names:
+                advice += "; feed_forward=moe gives it one, feed_forward=none takes its weight away"
             raise MistakeError(at, f"{model} has no auxiliary loss {name}{advice}")
         parts = value if isinstance(value, Mapping) else {"value": value}
         fields = LossWeight.__dataclass_fields__

@@ -88,7 +88,9 @@ class LabModule(pl.LightningModule):
         """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window.
 
         Cross-entropy is averaged over the window's scored tokens, the auxiliary losses over its real tokens. DDP averages gradients
-        over ranks, so the share of a rank is scaled by their number.
+        over ranks, so the share of a rank is scaled by their number. Losses that are functions of means are taken of each micro-batch,
+        over all ranks, and averaged over the window, so they depend a little on trainer.accumulate; an evaluation takes them of its
+        whole split.
         """
         world = self.trainer.world_size
         out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
