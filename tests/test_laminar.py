@@ -326,7 +326,7 @@ def test_without_a_vocabulary_it_maps_floats():
         want = model(x)
         y, state = model.prefill(x[:, :5])
         torch.testing.assert_close(torch.cat([y, model.step(x[:, 5], state)[0][:, None]], 1), want[:, :6], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"LaminarNet without vocab_size takes floats \(B, L, 16\), got torch.int64"):
+    with pytest.raises(ValueError, match=r"Laminar without vocab_size takes floats \(B, L, 16\), got torch.int64"):
         model(random_tokens())
 
 

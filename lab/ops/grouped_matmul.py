@@ -30,7 +30,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if counts.is_floating_point():
         raise ValueError(f"grouped_matmul: counts must be integers, got {counts.dtype}")
     dtype, device = torch.promote_types(x.dtype, weight.dtype), x.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return GROUPED_MATMUL(x.to(dtype), weight.to(dtype), counts)
 
