@@ -85,7 +85,14 @@ def create_model(
         if ssm_layer is not None:
             raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
         make = _laminarnet if architecture == "laminarnet" else _serriformnet
-        return make(layer_kwargs, architecture_kwargs, vocab_size, d_model, num_layers, max_seq_len, dropout)
+        documented = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "num_layers": num_layers,
+            "max_seq_len": max_seq_len,
+            "dropout": dropout,
+        }
+        return make(layer_kwargs, architecture_kwargs, documented)
     layer, defaults, own = ARCHITECTURES[architecture]
     if ssm_layer is not None:
         _expect("ssm_layer", ssm_layer, LAYERS)
@@ -127,34 +134,21 @@ def _check_general(d_model: Any, num_layers: Any, dropout: Any) -> None:
 
 
 def _laminarnet(
-    layer_kwargs: Mapping[str, Any] | None,
-    architecture_kwargs: Mapping[str, Any] | None,
-    vocab_size: int | None,
-    d_model: int,
-    num_layers: int,
-    max_seq_len: int,
-    dropout: float,
+    layer_kwargs: Mapping[str, Any] | None, architecture_kwargs: Mapping[str, Any] | None, general: Mapping[str, Any]
 ) -> Laminar:
     """Its layer is the drift field, whose arguments are among those of the model."""
     valid = {"layer_kwargs": _arguments(GeometricDriftField) - {"d_model"}, "architecture_kwargs": _arguments(Laminar)}
-    general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "seq_len": max_seq_len, "dropout": dropout}
     of_layer = _checked("layer_kwargs", layer_kwargs, valid, OF_LAMINAR)
     of_model = _checked("architecture_kwargs", architecture_kwargs, valid, OF_LAMINAR)
     _refuse_twice(of_layer, of_model)
-    return Laminar(**{**general, **of_layer, **of_model})
+    return Laminar(**{**{OF_LAMINAR.get(name, name): value for name, value in general.items()}, **of_layer, **of_model})
 
 
 def _serriformnet(
-    layer_kwargs: Mapping[str, Any] | None,
-    architecture_kwargs: Mapping[str, Any] | None,
-    vocab_size: int | None,
-    d_model: int,
-    num_layers: int,
-    max_seq_len: int,
-    dropout: float,
+    layer_kwargs: Mapping[str, Any] | None, architecture_kwargs: Mapping[str, Any] | None, general: Mapping[str, Any]
 ) -> SerriformNet:
     """dropout is the mixer's in layer_kwargs, and the model's in architecture_kwargs."""
-    general = {"vocab_size": vocab_size, "dim": d_model, "num_layers": num_layers, "max_seq_len": max_seq_len, "dropout": dropout}
+    general = {OF_SERRIFORM.get(name, name): value for name, value in general.items()}
     valid = {"layer_kwargs": KEYS, "architecture_kwargs": KEYS | general.keys()}
     of_layer = _checked("layer_kwargs", layer_kwargs, valid, OF_SERRIFORM)
     given = _checked("architecture_kwargs", architecture_kwargs, valid, OF_SERRIFORM)
