@@ -31,6 +31,7 @@ from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
 from lab.tasks.base import IGNORE
 from lab.training.load import load
+from lab.training.run import RunError
 
 TOKENS = 16384  # of a batch
 
@@ -118,7 +119,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.times < 1 or args.times & (args.times - 1):
         raise SystemExit(f"extrapolation: --times must be a power of 2, got {args.times}")
-    found = list(lines(args.targets, args.times, args.windows))
+    try:
+        found = list(lines(args.targets, args.times, args.windows))
+    except RunError as error:
+        raise SystemExit(f"extrapolation: {error}") from None
     trained = found[0].trained
     if any(line.trained != trained for line in found):
         raise SystemExit("extrapolation: these runs were trained at different lengths; name those of one length")
