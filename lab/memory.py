@@ -52,8 +52,8 @@ def why_not_reuse() -> str | None:
 
 @contextmanager
 def reusing_memory() -> Iterator[None]:
-    """`trainer.reuse_memory` for the block. Afterwards glibc maps blocks above 32 MB apart, as it does in any process that has used large
-    tensors, and what was kept is given back.
+    """`trainer.reuse_memory` for the block. Afterwards what was kept is given back, and glibc maps blocks above 32 MB apart, as it does in
+    any process that has used large tensors, unless the block left a hole in the heap that they fit.
 
     Raises RuntimeError where `why_not_reuse` has a reason.
     """
