@@ -135,6 +135,8 @@ class Evaluation(nn.Module):
         metrics = self.tokens.compute()
         # reshape: torchmetrics turns a tensor of one element into a scalar
         by_position = [None if value != value else value for value in metrics.pop("by_position").reshape(-1).tolist()]
+        while by_position and by_position[-1] is None:  # an answer alone is shorter than task.seq_len
+            by_position.pop()
         losses = {name: metric.compute() for name, metric in self.losses.items()}
         if model.mean_shapes:  # not the mean of the batches' losses, which would depend on their size
             losses |= model.losses_of(self.means.compute())
