@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from lab.mixers import Output, State
 from lab.models import SequenceModel
 from lab.tasks import Batch, Task
 from lab.tasks.base import IGNORE
@@ -24,6 +25,15 @@ SCORES = {
 }
 """What `Task.metrics` may name, beside ce_loss, which every task has."""
 MOST_CLASSES = 100
+
+
+def run(model: SequenceModel, batch: Batch, state: State = None, *, want: tuple[str, ...]) -> Output:
+    """The one call of a model on a batch: training, evaluation and monitoring go through it. state: of the batch before, where one is
+    carried."""
+    out: Output = model(
+        batch.inputs, state, lengths=batch.lengths, source=batch.source, source_lengths=batch.source_lengths, want=want
+    )  # fmt: skip
+    return out
 
 
 class TokenScores(Metric):
@@ -136,7 +146,7 @@ class Evaluation(nn.Module):
 
     @torch.no_grad()
     def update(self, model: SequenceModel, batch: Batch) -> None:
-        out = model(batch.inputs, lengths=batch.lengths, want=("losses",))
+        out = run(model, batch, want=("losses",))
         self.tokens.update(out.y, batch.targets, batch.by)
         weight = batch.inputs.numel() if batch.lengths is None else int(batch.lengths.sum())
         for name, metric in self.losses.items():
@@ -196,5 +206,6 @@ def free_running_matches(model: SequenceModel, batch: Batch, prompt_len: int) ->
     targets = batch.targets[:, prompt_len - 1 :]
     prompt = batch.inputs[:, :prompt_len]
     with torch.compiler.set_stance("force_eager"):  # a growing cache would compile a graph per length
-        decoded = model.generate(prompt, max_new_tokens=targets.shape[1])[:, prompt_len:]
+        whole = model.generate(prompt, targets.shape[1], source=batch.source, source_lengths=batch.source_lengths)
+    decoded = whole[:, prompt_len:]
     return ((decoded == targets) | (targets == IGNORE)).all(1)

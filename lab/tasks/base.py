@@ -33,6 +33,20 @@ class Batch(NamedTuple):
         return Batch(*(pytree.tree_map_only(Tensor, moved, field) for field in self))
 
 
+def with_source(batch: Batch, prompt_len: int, start_token: int) -> Batch:
+    """Rows of a prompt and an answer, for an encoder-decoder: the prompt as the source, the answer behind a start token.
+
+    inputs    5 9 3 | 3 9                  source   5 9 3 |
+    targets   . . . 3 9 5                  inputs   S 3 9         targets   3 9 5
+    """
+    if batch.lengths is not None:
+        raise ValueError("with_source: the rows must have one length")
+    targets = batch.targets[:, prompt_len - 1 :]
+    start = torch.full((len(targets), 1), start_token, dtype=batch.inputs.dtype)
+    inputs = torch.cat([start, batch.inputs[:, prompt_len:]], 1)
+    return Batch(inputs, targets.contiguous(), source=batch.inputs[:, :prompt_len].contiguous())
+
+
 class Split(ABC):
     """One split. Sample i is a pure function of (task seed, split, i): no order of workers, batches or resumes can change it."""
 
@@ -55,6 +69,7 @@ class Task(ABC):
     n_classes: int | None = None  # of a whole input; None: the task is to predict tokens
     next_token: bool = True  # whether targets are the tokens to come, which a model that reads the future would copy
     prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
+    start_token: int | None = None  # where the prompt is the source of an encoder-decoder: what an answer begins with; None: no source
     free_samples: int = 0  # rows that validation decodes freely; lab-eval decodes all
     eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports
     metrics: Sequence[str] = ("token_accuracy", "exact_match")  # of lab.analysis.metrics.SCORES, those that mean something here

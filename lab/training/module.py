@@ -18,7 +18,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
 
 from lab.analysis.finite import first_non_finite
-from lab.analysis.metrics import Evaluation, cross_entropy
+from lab.analysis.metrics import Evaluation, cross_entropy, run
 from lab.models import SequenceModel
 from lab.tasks import Batch, Task
 from lab.tasks.base import IGNORE
@@ -93,7 +93,7 @@ class LabModule(pl.LightningModule):
         whole split.
         """
         world = self.trainer.world_size
-        out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
+        out = run(self.model, batch, want=("losses",))
         ce = cross_entropy(out.y, batch.targets).sum() / scored * world
         losses = {name: value * (real_tokens(batch) / tokens * world) for name, value in out.losses.items()}
         if world > 1 and out.means:
@@ -169,7 +169,7 @@ class LabModule(pl.LightningModule):
         if failed is not None:
             batch, value = failed
             with torch.no_grad():
-                where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
+                where = first_non_finite(self.model, lambda: run(self.model, batch, want=("losses",)))
             sentence = f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}"
         sentences = [sentence]
         if self.trainer.world_size > 1:
