@@ -136,7 +136,7 @@ class Evaluation(nn.Module):
 
     def __init__(self, task: Task, model: SequenceModel, free_samples: int, scale: int = 1) -> None:
         super().__init__()
-        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, task.n_classes)
+        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, task.n_classes if task.n_answers == 1 else None)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
         self.means = TokenMeans(model.mean_shapes)
         self.free = MeanMetric()

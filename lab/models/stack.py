@@ -2,7 +2,7 @@
 
 With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT), with
 `lab.mixers.MambaLayer`, no MLP and RMS norms Mamba, with `lab.mixers.Serriform` and positions that gate SerriformNet. Layers may have
-different mixers.
+different mixers. With n_classes the head reads the whole input at once, (B, C): a classifier.
 B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]}.
 """
 
@@ -21,11 +21,12 @@ from lab.config.errors import hint
 from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate
 from lab.layers.embedding import looked_up
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
-from lab.models.base import SequenceModel, last_real
+from lab.models.base import SequenceModel, last_real, mean_real
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
 Position = Literal["learned", "none", "gate", "rotate"]
+POOLS = ("mean", "last")
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
@@ -69,7 +70,8 @@ class Stack(SequenceModel):
     embedding and both branches of a block. position: "learned" adds a table of max_len rows; "gate" and "rotate" project the embedding and
     let the place act on it (lab/layers/rotary.py), with max_len as a limit, None for none; "none" has no positions and no limit. A sequence
     beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its
-    weights with the embedding, and has no bias."""
+    weights with the embedding, and has no bias; that of classes never does. n_classes: logits (B, C) from the mean, or the last, of the
+    real tokens, by `pool`; n_answers > 1: (B, n_answers, C), from the same vector. Such a model has no state, step or generation."""
 
     def __init__(
         self,
@@ -86,6 +88,9 @@ class Stack(SequenceModel):
         tied: bool = False,
         norm_eps: float = 1e-5,
         feed_forward: Callable[..., FeedForward] | None = None,
+        n_classes: int | None = None,
+        pool: Literal["mean", "last"] = "mean",
+        n_answers: int = 1,
     ) -> None:
         super().__init__()
         check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
@@ -105,6 +110,11 @@ class Stack(SequenceModel):
             raise ValueError(f"Stack: norm_eps={norm_eps} must be above 0")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
+        check_at_least("Stack", 1, n_answers=n_answers)
+        if n_classes is not None:
+            check_at_least("Stack", 1, n_classes=n_classes)
+        if pool not in POOLS:
+            raise ValueError(f"Stack: pool={pool!r}; expected {' or '.join(POOLS)}")
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.d_model = d_model
@@ -119,10 +129,11 @@ class Stack(SequenceModel):
             Block(d_model, mixer, None if feed is None else feed(d_model=d_model), dropout, make_norm) for mixer in mixers
         )
         self.norm = make_norm(d_model)
-        self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
-        if tied:
+        self.n_classes, self.n_answers, self.pool = n_classes, n_answers, pool
+        self.head = _head(d_model, vocab_size, n_classes and n_classes * n_answers, tied)
+        if tied and n_classes is None:
             self.head.weight = self.embedding.weight
-        self.causal = all(mixer.causal for mixer in self.mixers)
+        self.causal = n_classes is None and all(mixer.causal for mixer in self.mixers)
         layers: list[Mixer | FeedForward] = [*self.mixers, *self.feed_forwards]
         self.loss_names = tuple(dict.fromkeys(name for layer in layers for name in layer.loss_names))
         self.mean_shapes = {name: (n_layers, *shape) for layer in self.feed_forwards[:1] for name, shape in layer.mean_shapes().items()}
@@ -139,6 +150,8 @@ class Stack(SequenceModel):
     ) -> Tensor | Output:
         check_want(want)
         self.check_call(tokens, state, lengths, source)
+        if state is not None or "state" in want:
+            self.check_states()
         x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
         layers = [None] * len(self.blocks) if state is None else state["layers"]
         outputs = []
@@ -149,9 +162,14 @@ class Stack(SequenceModel):
                 out = block(x, before, lengths=lengths, want=want)
             x = out.y if want else out
             outputs.append(out)
-        if "last" in want:
+        if "last" in want and self.n_classes is None:
             x = last_real(x, lengths)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        if self.n_classes is not None:
+            x = mean_real(x, lengths) if self.pool == "mean" else last_real(x, lengths)[:, 0]
+        logits = self.head(x)
+        if self.n_classes is not None and self.n_answers > 1:
+            logits = logits.unflatten(-1, (self.n_answers, self.n_classes))
         return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
 
     def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
@@ -205,8 +223,13 @@ class Stack(SequenceModel):
         dtype: torch.dtype | None = None,
     ) -> State:
         self.check_no_source(source)
+        self.check_states()
         position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)
         return {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
+
+    def check_states(self) -> None:
+        if self.n_classes is not None:
+            raise NotImplementedError("a Stack with n_classes answers once for a whole input: it has no state, no step and no generation")
 
     def reserve(self, state: State, n: int) -> State:
         layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
@@ -235,6 +258,12 @@ class Stack(SequenceModel):
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
+
+
+def _head(d_model: int, vocab_size: int | None, answers: int | None, tied: bool) -> nn.Module:
+    if answers is not None:
+        return nn.Linear(d_model, answers)
+    return nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
 
 
 def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | None:
