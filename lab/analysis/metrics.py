@@ -164,6 +164,8 @@ class Evaluation(nn.Module):
         metrics = self.tokens.compute()
         # reshape: torchmetrics turns a tensor of one element into a scalar
         by_position = [None if value != value else value for value in metrics.pop("by_position").reshape(-1).tolist()]
+        while by_position and by_position[-1] is None:  # an answer alone is shorter than task.seq_len
+            by_position.pop()
         tables: dict[str, Any] = {"by_position": [] if self.tokens.classes else by_position}
         for name in self.tokens.by:
             correct, scored = metrics.pop(f"by_{name}").tolist()
