@@ -13,7 +13,7 @@ from lab.analysis.metrics import TokenScores
 from lab.cli import eval as lab_eval
 from lab.config import ConfigError, compose
 from lab.export import export_run
-from lab.mixers import Attention, S4DLayer
+from lab.mixers import S4DLayer
 from lab.models import Stack
 from lab.tasks import Digits
 from lab.training import train
@@ -86,7 +86,7 @@ def test_scores_of_classes():
 @pytest.mark.parametrize("model", ["transformer", "mamba"])
 def test_a_classifier_trains_evaluates_and_exports(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = train(compose([*LISTOPS, f"model={model}", "run_dir=run", "~callbacks.attention", "~callbacks.state_spaces"]))
+    run = train(compose([*LISTOPS, f"model={model}", "run_dir=run"]))
     logged = run.metrics
     assert set(logged["metrics"]) == {"loss", "ce_loss", "accuracy"} and logged["by_position"] == []
     assert sum(map(sum, logged["confusion"])) == 16 and set(logged["published"]) == {"S4", "S5", "Transformer"}
@@ -123,12 +123,17 @@ def test_a_bidirectional_model_may_classify():
     prepare(compose(["task=listops", "model=s4d_tiny", "trainer.max_steps=1", "model.mixer.bidirectional=true"]).config)
 
 
-def test_attention_honours_lengths_under_a_pooled_head():
-    torch.manual_seed(0)
-    model = Stack(12, 16, 1, lambda d_model: Attention(d_model, 2), max_len=8, n_classes=3).eval()
-    tokens = torch.randint(0, 12, (2, 8))
+@pytest.mark.parametrize(
+    "model", ["gated_mlp", "h3", "h3_attention", "lot", "mamba", "mamba_attention", "s4", "s5", "serriform", "transformer"]
+)
+def test_every_model_honours_lengths_under_a_pooled_head(model):
+    words = [*LISTOPS[:8], *LISTOPS[11:13], f"model={model}", "model.d_model=32", "model.n_layers=2"]
+    built = prepare(compose(words).config).model.eval()
+    tokens = torch.randint(1, 16, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens, lengths=torch.tensor([8, 5]))[1], model(tokens[1:, :5])[0], rtol=1e-4, atol=1e-5)
+        together = built(tokens, lengths=torch.tensor([16, 5]))
+        assert together.shape == (2, 10)
+        torch.testing.assert_close(together[1], built(tokens[1:, :5])[0], rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------- digits
