@@ -46,6 +46,7 @@ def make(
     if exact is not None:
         (folder / "eval").mkdir()
         scores = {"step": 20, "metrics": {"exact_match": exact, "sync": None}, "references": {"uniform": more.get("uniform", 4.0)}}
+        scores |= {"published": {"S4": {"value": 0.25, "source": "arXiv:2111.00396"}, "torn": 1}}
         scores |= {"data": more["data"]} if "data" in more else {}
         (folder / "eval" / "test-best.json").write_text(json.dumps(scores))
     return folder
@@ -84,6 +85,7 @@ def test_a_line_for_each_run_with_what_differs():
         None,
     )
     assert "test scores took no part" in report.notes[0] and "references of copy: uniform 4" in report.notes
+    assert "published for copy: S4 0.25 (arXiv:2111.00396)" in report.notes
     assert not any("different code" in note for note in report.notes)
 
 
@@ -264,7 +266,7 @@ def test_the_best_validation_is_chosen_by_all_digits(tmp_path):
             trainer = SimpleNamespace(
                 callback_metrics=rounded, global_step=step, max_steps=9, is_global_zero=False, save_checkpoint=lambda path: None
             )
-            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, by_position=[], stop_signal=0))
+            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, tables={}, stop_signal=0))
             file.write(json.dumps({"step": step, **metrics}) + "\n")
     assert checkpoints.best["step"] == best_validation(tmp_path)["step"] == 2
 

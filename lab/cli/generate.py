@@ -100,6 +100,8 @@ def _main(arguments: argparse.Namespace) -> None:
             arguments.stop_token = task.stop_token
     else:
         model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    if model.n_classes is not None:
+        raise ConfigError(f"{arguments.target}: its model is a classifier, which answers once for a whole input; lab-eval scores it")
     if not model.causal:
         raise ConfigError(f"{arguments.target}: its model reads the future, so it cannot go on from a prompt")
     prompts = [_tokens(text, task, model) for text in texts]

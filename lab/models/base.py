@@ -32,6 +32,8 @@ class SequenceModel(nn.Module, ABC):
     mean_shapes: Mapping[str, tuple[int, ...]] = {}  # of Output.means, which comes with the losses
     takes_source: bool = False  # True: an encoder-decoder, which needs a source
     causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
+    n_classes: int | None = None  # logits (B, C) for a whole input, by a pooled head; None: (B, L, V)
+    n_answers: int = 1  # more: logits (B, n_answers, C)
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
     embedding: nn.Module  # of tokens; nn.Identity in a model without a vocabulary
@@ -302,6 +304,14 @@ def check_lengths(lengths: Tensor, tokens: Tensor, owner: str) -> None:
 def last_real(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (B, L, D) -> (B, 1, D), of each row's last real token."""
     return x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
+
+
+def mean_real(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, L, D) -> (B, D), over the real tokens of each row; 0 where there is none."""
+    if lengths is None:
+        return x.mean(1)
+    real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return x.masked_fill(~real[:, :, None], 0).sum(1) / lengths.clamp(min=1)[:, None]
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class LabModule(pl.LightningModule):
         self.max_steps, self.seed, self.identity = max_steps, seed, identity
         self.evaluation = Evaluation(task, model, task.free_samples)
         self.validation: dict[str, float] = {}  # of the last one, in full; Lightning rounds its copy to float32
-        self.by_position: list[float | None] = []  # of the last validation
+        self.tables: dict[str, Any] = {}  # of the last validation: by_position, ...
         self.received_signal = 0  # by this process
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
         self.grad_norm: Tensor | None = None
@@ -108,6 +108,8 @@ class LabModule(pl.LightningModule):
         if self._logging and "exact_match" in self.task.metrics:
             right = (out.y.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
             parts["exact_match"] = right.all(1).float().mean() / n_micro
+        if self._logging and "accuracy" in self.task.metrics:
+            parts["accuracy"] = (out.y.argmax(-1) == batch.targets).float().mean() / n_micro
         return total, parts
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
@@ -190,7 +192,7 @@ class LabModule(pl.LightningModule):
         self.evaluation.update(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
-        metrics, self.by_position = self.evaluation.compute(self.model)
+        metrics, self.tables = self.evaluation.compute(self.model)
         weighted = sum(weight.at(self.global_step, self.max_steps) * metrics[name] for name, weight in self.weights.items())
         self.validation = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(self.validation, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser
