@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from lab.tasks.base import IGNORE
 SCORES = {
     "token_accuracy": "scored tokens that are right",
     "exact_match": "rows with every scored token right",
-    "bits_per_byte": "ce_loss / ln 2, where a token is a byte",
+    "bits_per_byte": "all nats / ln 2, divided by the bytes of text that the scored tokens stand for",
+    "perplexity": "exp(ce_loss), per token",
 }
 """What `Task.metrics` may name, beside ce_loss, which every task has."""
 
@@ -25,25 +27,28 @@ SCORES = {
 class TokenScores(Metric):
     """ce_loss (nats per scored token), those of SCORES that are asked for, and accuracy by position.
 
-    Teacher-forced: logits (B, L, V) against targets (B, L), -100 where nothing is scored.
+    Teacher-forced: logits (B, L, V) against targets (B, L), -100 where nothing is scored. token_bytes (V,): of `Task`.
     """
 
     full_state_update = False
 
-    def __init__(self, length: int, names: Sequence[str] = Task.metrics) -> None:
+    def __init__(self, length: int, names: Sequence[str] = Task.metrics, token_bytes: np.ndarray | None = None) -> None:
         super().__init__()
         unknown = sorted(set(names) - set(SCORES))
         if unknown:
             raise ValueError(f"the metrics of a task can be {', '.join(SCORES)}; got {', '.join(unknown)}")
         self.names = tuple(names)
         zero = torch.zeros((), dtype=torch.float64)
-        for name in ("ce", "rows", "exact"):
+        self.register_buffer("token_bytes", None if token_bytes is None else torch.from_numpy(token_bytes), persistent=False)
+        for name in ("ce", "rows", "exact", "bytes"):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
         for name in ("correct", "scored"):
             self.add_state(name, torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
         self.ce: Tensor
         self.rows: Tensor
         self.exact: Tensor
+        self.bytes: Tensor
+        self.token_bytes: Tensor | None
         self.correct: Tensor
         self.scored: Tensor
 
@@ -53,6 +58,7 @@ class TokenScores(Metric):
         self.ce += cross_entropy(logits, targets).double().sum()
         self.rows += len(targets)
         self.exact += (correct == scored).all(1).sum()
+        self.bytes += bytes_of(targets, self.token_bytes)
         length = targets.shape[1]
         self.correct[:length] += correct.sum(0)
         self.scored[:length] += scored.sum(0)
@@ -62,7 +68,8 @@ class TokenScores(Metric):
         scores = {
             "token_accuracy": self.correct.sum() / self.scored.sum(),
             "exact_match": self.exact / self.rows,
-            "bits_per_byte": ce_loss / math.log(2),
+            "bits_per_byte": self.ce / self.bytes / math.log(2),
+            "perplexity": ce_loss.exp(),
         }
         by_position = self.correct / self.scored  # (L,), NaN where nothing was scored
         return {"ce_loss": ce_loss} | {name: scores[name] for name in self.names} | {"by_position": by_position}
@@ -98,7 +105,8 @@ class Evaluation(nn.Module):
 
     def __init__(self, task: Task, model: SequenceModel, free_samples: int, scale: int = 1) -> None:
         super().__init__()
-        self.tokens = TokenScores(task.seq_len * scale, task.metrics)
+        bits = "bits_per_byte" in task.metrics
+        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.token_bytes if bits else None)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
         self.means = TokenMeans(model.mean_shapes)
         self.free = MeanMetric()
@@ -143,6 +151,12 @@ class Evaluation(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) of each token in float32, 0 where it is not scored. logits (B, L, V), targets (B, L) -> (B * L,)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+
+
+def bytes_of(targets: Tensor, token_bytes: Tensor | None) -> Tensor:
+    """() bytes of text that the scored targets (B, L) stand for; token_bytes (V,), None: one each."""
+    scored = targets != IGNORE
+    return scored.sum() if token_bytes is None else token_bytes[targets[scored]].sum()
 
 
 def free_running_matches(model: SequenceModel, batch: Batch, prompt_len: int) -> Tensor:

@@ -49,7 +49,9 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", metavar="K", type=int, help="sample from the K most probable tokens")
     parser.add_argument("--top-p", metavar="P", type=float, help="sample from the fewest tokens with probability P together")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling: the same seed, the same text (default 0)")
-    parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends; default: that of public weights")
+    parser.add_argument(
+        "--stop-token", metavar="ID", type=int, help="the token id that ends a text; default: that of public weights or of the task"
+    )
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
     return parser
 
@@ -86,10 +88,10 @@ def _main(arguments: argparse.Namespace) -> None:
         task = FolderTokens(arguments.target, vocabulary(stack))
         if task.why_ids is not None:
             print(f"lab-generate: prompt and answer are token ids: {task.why_ids}", file=sys.stderr)
-        if arguments.stop_token is None:
-            arguments.stop_token = task.stop_token
     else:
         model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    if arguments.stop_token is None:
+        arguments.stop_token = task.stop_token
     if not model.causal:
         raise ConfigError(f"{arguments.target}: its model reads the future, so it cannot go on from a prompt")
     prompts = [_tokens(text, task, model) for text in texts]
