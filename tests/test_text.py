@@ -130,7 +130,7 @@ def test_bytes_are_charged_not_tokens(files):
     """Uniform predictions cost log2 V bits a token; the text of a split has the same bytes, however it is cut."""
     n = sum(len(document.encode()) for document in documents_of(corpus(), "test"))
     for task in (corpus(), bpe()):
-        scores, split = TokenScores(32, task.metrics, task.token_bytes), task.split("test")
+        scores, split = TokenScores(32, task.metrics, token_bytes=task.token_bytes), task.split("test")
         batch = split.batch(range(len(split)))
         scores.update(torch.zeros(*batch.targets.shape, task.vocab_size), batch.targets)
         result, tokens = scores.compute(), len(task.bytes_of("test"))

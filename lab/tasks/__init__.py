@@ -5,10 +5,16 @@ from lab.tasks.copy_reverse import CopyReverse
 from lab.tasks.corpus import Corpus
 from lab.tasks.dataset import Dataset
 from lab.tasks.enwik8 import Enwik8
+from lab.tasks.induction_heads import InductionHeads
 from lab.tasks.loader import EvalLoader, TrainLoader
+from lab.tasks.mqar import MQAR
+from lab.tasks.recall import InContextRecall
+from lab.tasks.selective_copy import SelectiveCopy
 from lab.tasks.stdlib import StandardLibrary
+from lab.tasks.synthetic import Synthetic
 from lab.tasks.text import Text
 
 __all__ = [
-    "Batch", "CopyReverse", "Corpus", "Dataset", "Enwik8", "EvalLoader", "Split", "StandardLibrary", "Task", "Text", "TrainLoader",
+    "MQAR", "Batch", "CopyReverse", "Corpus", "Dataset", "Enwik8", "EvalLoader", "InContextRecall", "InductionHeads", "SelectiveCopy",
+    "Split", "StandardLibrary", "Synthetic", "Task", "Text", "TrainLoader",
 ]  # fmt: skip
