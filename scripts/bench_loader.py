@@ -79,7 +79,8 @@ def rows(name: str, folder: Path, quick: bool, repeats: int) -> Iterator[benchma
     experiment = prepare(compose([*CORPORA[name], *(QUICK if quick else [])]).config)
     split = training_split(name, experiment, folder, quick)
     tokens = experiment.trainer.batch_size * split.context
-    sides = {"shuffled": loading(split, experiment, False), "streams": loading(split, experiment, True), "training": training(split, experiment)}
+    sides = {name: loading(split, experiment, name == "streams") for name in ("shuffled", "streams")}
+    sides["training"] = training(split, experiment)
     timings = benchmark.in_turn(sides, repeats)
     per_second = {side: 1e3 * tokens / timing.ms for side, timing in timings.items()}
     for side in ("shuffled", "streams"):
@@ -101,7 +102,9 @@ def main() -> None:
             return {"loaders": [row for name in names for row in rows(name, Path(folder), args.quick, args.repeats)]}
 
     report = benchmark.report(benchmark.with_allocator(args.allocator, args.threads, measured), args.threads)
-    table = Table("corpus", "order", "batch x length", "loader, tokens/s", "±", "training, tokens/s", "ratio", title=f"loaders; aim: {AIM}x")
+    table = Table(
+        "corpus", "order", "batch x length", "loader, tokens/s", "±", "training, tokens/s", "ratio", title=f"loaders; aim: {AIM}x"
+    )
     for row in report["loaders"]:
         figures = [f"{row['tokens_per_second']:,.0f}", f"{row['spread']:.0%}", f"{row['training']:,.0f}", f"{row['ratio']:.0f}"]
         table.add_row(row["name"], row["order"], f"{row['batch_size']} x {row['seq_len']}", *figures)
