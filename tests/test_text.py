@@ -7,6 +7,7 @@ import os
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -68,7 +69,6 @@ def test_every_document_is_in_one_split_whole(files, make):
 
 
 def test_the_forms_of_a_source_are_equal(files):
-    pandas = pytest.importorskip("pandas")
     pandas.DataFrame({"text": DOCUMENTS}).to_parquet(files / "all.parquet")
     whole = corpus().facts()
     for path, unit in (("all.txt", "paragraph"), ("lines.txt", "line"), ("all.parquet", "file")):
@@ -99,7 +99,6 @@ def test_shares():
 
 
 def test_a_hub_data_set(files, monkeypatch):
-    pytest.importorskip("datasets")
     (files / "set").mkdir()
     (files / "all.jsonl").rename(files / "set/train.jsonl")
     task = Text(hub=str(files / "set"), streaming=True, seq_len=32)

@@ -1,20 +1,28 @@
 """Tasks: data, splits, loss mask and metrics. A model knows none of that; a task knows nothing of models."""
 
 from lab.tasks.base import Batch, Split, Task
+from lab.tasks.compression import Compression
 from lab.tasks.copy_reverse import CopyReverse
 from lab.tasks.corpus import Corpus
 from lab.tasks.dataset import Dataset
+from lab.tasks.digits import Digits
 from lab.tasks.enwik8 import Enwik8
+from lab.tasks.fuzzy_recall import FuzzyRecall
 from lab.tasks.induction_heads import InductionHeads
+from lab.tasks.listops import ListOps
 from lab.tasks.loader import EvalLoader, TrainLoader
+from lab.tasks.memorization import Memorization
 from lab.tasks.mqar import MQAR
+from lab.tasks.parity import Parity
 from lab.tasks.recall import InContextRecall
 from lab.tasks.selective_copy import SelectiveCopy
+from lab.tasks.sorting import Sorting
 from lab.tasks.stdlib import StandardLibrary
 from lab.tasks.synthetic import Synthetic
 from lab.tasks.text import Text
 
 __all__ = [
-    "MQAR", "Batch", "CopyReverse", "Corpus", "Dataset", "Enwik8", "EvalLoader", "InContextRecall", "InductionHeads", "SelectiveCopy",
-    "Split", "StandardLibrary", "Synthetic", "Task", "Text", "TrainLoader",
+    "MQAR", "Batch", "Compression", "CopyReverse", "Corpus", "Dataset", "Digits", "Enwik8", "EvalLoader", "FuzzyRecall", "InContextRecall",
+    "InductionHeads", "ListOps", "Memorization", "Parity", "SelectiveCopy", "Sorting", "Split", "StandardLibrary", "Synthetic", "Task",
+    "Text", "TrainLoader",
 ]  # fmt: skip

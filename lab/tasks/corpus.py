@@ -30,7 +30,7 @@ COMPRESSED = 100_000_000  # bytes: of a larger split gzip and xz would take minu
 
 
 class Corpus(Task):
-    """A corpus writes `keys` and `read`, and where a token is not a byte, `start_token`, `token_bytes`, `spell`, `encode` and `decode`.
+    """A corpus writes `keys` and `read`, and where a token is not a byte, `begin_token`, `token_bytes`, `spell`, `encode` and `decode`.
 
     val_bytes: validation during training scores about so many, spread over the split; None: all. eval_stride: of the windows that
     validation and lab-eval score, in tokens at the length seq_len, in proportion at others; None: seq_len. carry_state: training reads
@@ -41,7 +41,7 @@ class Corpus(Task):
     encoding: str | None = "bytes of UTF-8"
     metrics: Sequence[str] = ("bits_per_byte", "token_accuracy")
     name: str  # begins the names of the prepared files
-    start_token = 10  # what the first token of a split is predicted from: a newline
+    begin_token = 10  # what the first token of a split is predicted from: a newline
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Corpus(Task):
             size = f"{len(tokens):,} {self.unit}"
             raise ConfigError(f"the {name} split of {self.name} has {size}, fewer than one input of {context}: task.seq_len")
         stride = context if name == "train" else self.eval_stride * scale
-        return Windows(tokens, context, stride, self.start_token, self.token_bytes)
+        return Windows(tokens, context, stride, self.begin_token, self.token_bytes)
 
     def validation(self) -> Split:
         windows = self.split("val")

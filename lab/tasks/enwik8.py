@@ -108,7 +108,7 @@ class Enwik8(Corpus):
         return self._symbols
 
     @property
-    def start_token(self) -> int:  # type: ignore[override]
+    def begin_token(self) -> int:  # type: ignore[override]
         return 10 if self.symbols is None else max(self.symbols.find(b"\n"), 0)
 
     def restore(self, stored: Mapping[str, Any]) -> None:

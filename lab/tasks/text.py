@@ -79,7 +79,7 @@ class Text(Corpus):
         self.streaming, self.field, self.limit = streaming, field, limit_bytes
         self.documents: Unit = documents
         self.kind, self.val_share, self.test_share = tokenizer, val_share, test_share
-        self.start_token = self.stop_token = vocab_size - 1
+        self.begin_token = self.stop_token = vocab_size - 1
         self.encoding = "bytes of UTF-8; 256 ends a text" if tokenizer == "bytes" else "byte-level BPE; the last token ends a text"
         self._tokenizer: Tokenizer | None = Bytes() if tokenizer == "bytes" else None
 
