@@ -20,6 +20,8 @@ import torch
 
 from lab.sweeps import pool
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before they are imported: no test asks the Hub
+
 TINY = (
     "model.d_model=16", "model.n_layers=1", "model.mixer.n_heads=2", "model.dropout=0.1", "model.mixer.dropout=0.0",
     "task.vocab_size=12", "task.seq_len=8", "task.n_train=70", "task.n_val=12", "task.n_test=10", "task.free_samples=4",

@@ -94,6 +94,14 @@ def test_decoding(script):
     assert "serriform: 29,293 parameters, attention: 29,280" in printed
 
 
+def test_loaders(script):
+    printed, report = script("bench_loader", "--only", "stdlib")
+    shuffled, streams = report["loaders"]
+    assert (shuffled["order"], streams["order"]) == ("shuffled", "streams") and "stdlib" in printed
+    for row in report["loaders"]:
+        assert row["tokens_per_second"] > 0 and row["ratio"] == row["tokens_per_second"] / row["training"]
+
+
 def test_far_out(script):
     printed, report = script("bench_far", "--only", "laminar")
     near, far = report["far"]

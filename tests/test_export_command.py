@@ -22,7 +22,7 @@ from lab.config import ConfigError, compose
 from lab.export import export as export_module
 from lab.export import export_run, formats
 from lab.ops import backend
-from lab.tasks import ByteCorpus, CopyReverse
+from lab.tasks import CopyReverse, Corpus
 from lab.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def test_an_op_that_a_run_forced_is_not_exported(run, at_once, monkeypatch, tmp_
 
 
 def test_a_task_of_text_says_how_its_tokens_stand_for_it(run, monkeypatch):
-    monkeypatch.setattr(CopyReverse, "encoding", ByteCorpus.encoding)
+    monkeypatch.setattr(CopyReverse, "encoding", Corpus.encoding)
     monkeypatch.setattr(export_module, "export_model", lambda *a: a)
     assert export_run("run", "torchscript")[-1]["vocabulary"] == {"size": 12, "task": "copy_reverse", "encoding": "bytes of UTF-8"}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ SCORES = {
     "accuracy": "inputs whose class is right",
     "token_accuracy": "scored tokens that are right",
     "exact_match": "rows with every scored token right",
-    "bits_per_byte": "ce_loss / ln 2, where a token is a byte",
+    "bits_per_byte": "all nats / ln 2, divided by the bytes of text that the scored tokens stand for",
+    "perplexity": "exp(ce_loss), per token",
 }
 """What `Task.metrics` may name, beside ce_loss, which every task has."""
 MOST_CLASSES = 100
@@ -41,12 +43,19 @@ class TokenScores(Metric):
     tokens; of classes, how often each was taken for which.
 
     Teacher-forced: logits (B, L, V) against targets (B, L), -100 where nothing is scored; or, of classes, (B, C) against (B,). by: the
-    names of a batch's `by`. n_classes: up to MOST_CLASSES are counted by what they were taken for.
+    names of a batch's `by`. n_classes: up to MOST_CLASSES are counted by what they were taken for. token_bytes (V,): of `Task`.
     """
 
     full_state_update = False
 
-    def __init__(self, length: int, names: Sequence[str] = Task.metrics, by: Sequence[str] = (), n_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        names: Sequence[str] = Task.metrics,
+        by: Sequence[str] = (),
+        n_classes: int | None = None,
+        token_bytes: np.ndarray | None = None,
+    ) -> None:
         super().__init__()
         unknown = sorted(set(names) - set(SCORES))
         if unknown:
@@ -56,7 +65,8 @@ class TokenScores(Metric):
         self.classes = n_classes is not None
         length = 1 if self.classes else length
         zero = torch.zeros((), dtype=torch.float64)
-        for name in ("ce", "rows", "exact"):
+        self.register_buffer("token_bytes", None if token_bytes is None else torch.from_numpy(token_bytes), persistent=False)
+        for name in ("ce", "rows", "exact", "bytes"):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
         for name in ("correct", "scored"):
             self.add_state(name, torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
@@ -69,6 +79,8 @@ class TokenScores(Metric):
         self.taken: Tensor
         self.rows: Tensor
         self.exact: Tensor
+        self.bytes: Tensor
+        self.token_bytes: Tensor | None
         self.correct: Tensor
         self.scored: Tensor
 
@@ -82,6 +94,7 @@ class TokenScores(Metric):
         self.ce += cross_entropy(logits, targets).double().sum()
         self.rows += len(targets)
         self.exact += (correct == scored).all(1).sum()
+        self.bytes += bytes_of(targets, self.token_bytes)
         length = targets.shape[1]
         self.correct[:length] += correct.sum(0)
         self.scored[:length] += scored.sum(0)
@@ -97,7 +110,8 @@ class TokenScores(Metric):
             "accuracy": self.correct.sum() / self.scored.sum(),
             "token_accuracy": self.correct.sum() / self.scored.sum(),
             "exact_match": self.exact / self.rows,
-            "bits_per_byte": ce_loss / math.log(2),
+            "bits_per_byte": self.ce / self.bytes / math.log(2),
+            "perplexity": ce_loss.exp(),
         }
         tables = {"by_position": self.correct / self.scored}  # (L,), NaN where nothing was scored
         tables |= {f"by_{name}": torch.stack([getattr(self, f"{kind}_{name}") for kind in ("correct", "scored")]) for name in self.by}
@@ -136,7 +150,9 @@ class Evaluation(nn.Module):
 
     def __init__(self, task: Task, model: SequenceModel, free_samples: int, scale: int = 1) -> None:
         super().__init__()
-        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, task.n_classes if task.n_answers == 1 else None)
+        token_bytes = task.token_bytes if "bits_per_byte" in task.metrics else None
+        n_classes = task.n_classes if task.n_answers == 1 else None
+        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, n_classes, token_bytes)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
         self.means = TokenMeans(model.mean_shapes)
         self.free = MeanMetric()
@@ -201,6 +217,12 @@ def by_value(correct: Sequence[float], scored: Sequence[float], ranges: bool) ->
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in float32, 0 where it is not scored. logits (B, L, V), targets (B, L) -> (B * L,); (B, C), (B,) -> (B,)"""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+
+
+def bytes_of(targets: Tensor, token_bytes: Tensor | None) -> Tensor:
+    """() bytes of text that the scored targets (B, L) stand for; token_bytes (V,), None: one each."""
+    scored = targets != IGNORE
+    return scored.sum() if token_bytes is None else token_bytes[targets[scored]].sum()
 
 
 def free_running_matches(model: SequenceModel, batch: Batch, prompt_len: int) -> Tensor:

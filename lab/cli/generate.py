@@ -53,7 +53,9 @@ def _parser() -> Parser:
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="beam search of this width; 1: greedy (default)")
     parser.add_argument("--length-penalty", metavar="A", type=float, default=0.0, help="of beams: log-probability / tokens^A (default 0)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling: the same seed, the same text (default 0)")
-    parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends; default: that of public weights")
+    parser.add_argument(
+        "--stop-token", metavar="ID", type=int, help="the token id that ends a text; default: that of public weights or of the task"
+    )
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
     return parser
 
@@ -96,10 +98,10 @@ def _main(arguments: argparse.Namespace) -> None:
         task = FolderTokens(arguments.target, vocabulary(stack))
         if task.why_ids is not None:
             print(f"lab-generate: prompt and answer are token ids: {task.why_ids}", file=sys.stderr)
-        if arguments.stop_token is None:
-            arguments.stop_token = task.stop_token
     else:
         model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    if arguments.stop_token is None:
+        arguments.stop_token = task.stop_token
     if model.n_classes is not None:
         raise ConfigError(f"{arguments.target}: its model is a classifier, which answers once for a whole input; lab-eval scores it")
     if not model.causal:

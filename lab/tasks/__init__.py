@@ -3,9 +3,10 @@
 from lab.tasks.base import Batch, Split, Task
 from lab.tasks.compression import Compression
 from lab.tasks.copy_reverse import CopyReverse
-from lab.tasks.corpus import ByteCorpus
+from lab.tasks.corpus import Corpus
 from lab.tasks.dataset import Dataset
 from lab.tasks.digits import Digits
+from lab.tasks.enwik8 import Enwik8
 from lab.tasks.fuzzy_recall import FuzzyRecall
 from lab.tasks.induction_heads import InductionHeads
 from lab.tasks.listops import ListOps
@@ -18,9 +19,10 @@ from lab.tasks.selective_copy import SelectiveCopy
 from lab.tasks.sorting import Sorting
 from lab.tasks.stdlib import StandardLibrary
 from lab.tasks.synthetic import Synthetic
+from lab.tasks.text import Text
 
 __all__ = [
-    "MQAR", "Batch", "ByteCorpus", "Compression", "CopyReverse", "Dataset", "Digits", "EvalLoader", "FuzzyRecall", "InContextRecall",
+    "MQAR", "Batch", "Compression", "CopyReverse", "Corpus", "Dataset", "Digits", "Enwik8", "EvalLoader", "FuzzyRecall", "InContextRecall",
     "InductionHeads", "ListOps", "Memorization", "Parity", "SelectiveCopy", "Sorting", "Split", "StandardLibrary", "Synthetic", "Task",
-    "TrainLoader",
+    "Text", "TrainLoader",
 ]  # fmt: skip

@@ -79,6 +79,8 @@ class Task(ABC):
     reference: Mapping[str, Any] = {}  # published scores: {name: {value, source}}, in units of `metrics[0]`
     text: bool = False  # whether tokens stand for text, which encode and decode translate
     encoding: str | None = None  # of text: what a token is, for programs without lab, as "bytes of UTF-8"
+    stop_token: int | None = None  # where a text ends
+    carry_state: bool = False  # training reads contiguous streams, and each window continues the state of the one before it
 
     @abstractmethod
     def split(self, name: str, scale: int = 1) -> Split:
@@ -92,6 +94,18 @@ class Task(ABC):
         """What identifies the data, where the config does not: stored in checkpoints and metrics.json. Another "sha256" than that of
         training is an error in lab-eval and on resume."""
         return {}
+
+    @property
+    def token_bytes(self) -> np.ndarray | None:
+        """(V,) bytes of text that each token stands for; None: one each. What bits per byte are counted by."""
+        return None
+
+    def stored(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the task beside its config, in plain values: what was learned of the data, such as a tokenizer."""
+        return {}
+
+    def restore(self, stored: Mapping[str, Any]) -> None:  # noqa: B027
+        """The task goes by what a checkpoint has kept, in place of what it would make of the data that are here."""
 
     def references(self, split: str) -> Mapping[str, float]:
         """Scores on a whole split that need no model, by name, in units of `metrics[0]`."""

@@ -16,13 +16,13 @@ import os
 import platform
 import sysconfig
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lab.config import ConfigError
-from lab.tasks.corpus import ByteCorpus
+from lab.tasks.corpus import Corpus
+from lab.tasks.prepared import Content
 
 SHARE = 0.05  # of test, and of val
 NOT_EVERYWHERE = frozenset(
@@ -32,7 +32,7 @@ NOT_EVERYWHERE = frozenset(
 OF_THE_BUILD = ("_sysconfigdata", "config-", "_distutils_system_mod")  # how such names begin
 
 
-class StandardLibrary(ByteCorpus):
+class StandardLibrary(Corpus):
     """source: another folder of Python files; None: the standard library."""
 
     name = "stdlib"
@@ -45,8 +45,11 @@ class StandardLibrary(ByteCorpus):
         val_bytes: int | None = 65536,
         eval_stride: int | None = None,
         eval_lengths: Sequence[int] = (1,),
+        carry_state: bool = False,
     ) -> None:
-        super().__init__(vocab_size, seq_len, val_bytes, eval_stride, eval_lengths)
+        if vocab_size != 256:
+            raise ValueError(f"task.vocab_size must be 256, the tokens are bytes; got {vocab_size}")
+        super().__init__(vocab_size, seq_len, val_bytes, eval_stride, eval_lengths, carry_state)
         self.source = Path(source or sysconfig.get_path("stdlib")).expanduser()
 
     @cached_property
@@ -58,11 +61,14 @@ class StandardLibrary(ByteCorpus):
             found += [Path(folder, name).relative_to(self.source) for name in names if name.endswith(".py") and _is_everywhere(name)]
         return sorted(found, key=Path.as_posix)
 
-    def key(self) -> str:
+    def keys(self) -> list[Callable[[], str]]:
+        return [self.dates]
+
+    def dates(self) -> str:
         dates = [(file.as_posix(), (stat := (self.source / file).stat()).st_size, stat.st_mtime_ns) for file in self.files]
         return f"{platform.python_version()}\n{self.source}\n{dates}"
 
-    def read(self) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def read(self) -> Content:
         if not self.files:
             raise ConfigError(f"task.source: {self.source} has no Python source files")
         content = {file: (self.source / file).read_bytes() for file in self.files}
@@ -73,8 +79,7 @@ class StandardLibrary(ByteCorpus):
         splits: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
         for file in self.files:
             splits[split_of[file.parts[0]]].append(content[file])
-        parts = {split: b"".join(texts) for split, texts in splits.items()}
-        return parts, {"python": platform.python_version(), "files": len(self.files)}
+        return Content(splits, {"python": platform.python_version(), "files": len(self.files)})
 
 
 def _is_everywhere(name: str) -> bool:

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from lab import ops
 from lab.config import ConfigError, MistakeError, build
 from lab.config.targets import own_backend
 from lab.config.tree import Key, dotted, places
 from lab.models import SequenceModel, initialise
+from lab.models.base import evaluating
 from lab.tasks import Task
 from lab.tasks.loader import steps_per_epoch
 from lab.training.loss_weights import LossWeight, parse_loss_weights
@@ -50,7 +55,7 @@ class Experiment:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.task.split("train")), self.trainer.batch_size, self.trainer.accumulate)
+        return steps_per_epoch(self.task.split("train"), self.trainer.batch_size, self.trainer.accumulate, self.task.carry_state)
 
 
 def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train: bool = True) -> Experiment:
@@ -65,6 +70,8 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
         check_head(experiment.model, experiment.task, config["model"])
         check_causal(experiment.model, experiment.task, config["model"])
         check_source(experiment.model, experiment.task)
+        if to_train and experiment.task.carry_state:
+            check_carries(experiment.model)
         _ = experiment.weights, experiment.max_steps if to_train else None
         force_ops(experiment.ops, trust)
     except ValueError as error:
@@ -104,6 +111,20 @@ def check_causal(model: SequenceModel, task: Task, node: Any) -> None:
         keys = [key for key, value in places(node, ("model",)) if key[-1] == "bidirectional" and value is True]
         problem = f"the model reads the future, and task {type(task).__name__} predicts the next token"
         raise MistakeError(keys[0] if keys else ("model",), f"{problem}; it must be false" if keys else problem, suspects=keys)
+
+
+def check_carries(model: SequenceModel) -> None:
+    """MistakeError for a model whose state cannot go on over the whole of a stream: a stream has no longest length."""
+    key, advice = ("task", "carry_state"), "a model with a state of fixed size, such as model=mamba, can be trained so"
+    if model.max_len is not None:
+        raise MistakeError(key, f"a stream has no longest length, and the model was built with max_len {model.max_len}; {advice}")
+    sizes = []
+    with evaluating(model):
+        for length in (8, 16):
+            state = model(torch.zeros(1, length, dtype=torch.long), want=("state",)).state
+            sizes.append(sum(leaf.numel() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)))
+    if sizes[1] > sizes[0]:
+        raise MistakeError(key, f"a stream has no longest length, and the model's state grows with every token; {advice}")
 
 
 def check_source(model: SequenceModel, task: Task) -> None:

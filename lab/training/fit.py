@@ -99,15 +99,16 @@ def _module(run: Run, experiment: Experiment, stored: Mapping[str, Any]) -> LabM
     hparams = run.hparams()
     identity = {name: hparams[name] for name in ("choices", "git_commit")}
     identity |= {"config": dict(stored), "config_hash": config_hash(stored), "code_version": code_version()}
-    identity["data"] = dict(experiment.task.facts())
+    identity |= {"data": dict(experiment.task.facts()), "task": experiment.task.stored()}
     settings, model = experiment.trainer, experiment.model
     model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
     return LabModule(
-        model, experiment.task, experiment.optimizer, experiment.weights, settings, experiment.max_steps, experiment.seed, identity
-    )
+        model, experiment.task, experiment.optimizer, experiment.weights, settings, experiment.max_steps, experiment.seed, identity,
+        experiment.steps_per_epoch if experiment.task.carry_state else None,
+    )  # fmt: skip
 
 
 def _callbacks(experiment: Experiment, trust: list[str] | None) -> list[pl.Callback]:
@@ -161,7 +162,10 @@ def _loaders(experiment: Experiment, trainer: pl.Trainer) -> tuple[TrainLoader, 
         "rank": trainer.global_rank, "world": trainer.world_size, "num_workers": settings.num_workers,
         "pin_memory": trainer.strategy.root_device.type == "cuda",
     }  # fmt: skip
-    train = TrainLoader(task.split("train"), settings.batch_size, settings.accumulate, experiment.max_steps, experiment.seed, **place)
+    train = TrainLoader(
+        task.split("train"), settings.batch_size, settings.accumulate, experiment.max_steps, experiment.seed, **place,
+        streams=task.carry_state,
+    )  # fmt: skip
     return train, EvalLoader(task.validation(), settings.batch_size, **place)
 
 

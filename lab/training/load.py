@@ -63,6 +63,7 @@ def load_checkpoint(path: Path, trust: list[str], overrides: Sequence[str] = ())
     with composed.saying_where():
         check(composed, trust=trust)
         experiment = prepare(composed.config, trust, to_train=False)
+    experiment.task.restore(identity.get("task", {}))
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
     try:
         experiment.model.load_state_dict(weights)

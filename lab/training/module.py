@@ -10,15 +10,18 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lab.analysis.finite import first_non_finite
-from lab.analysis.metrics import Evaluation, cross_entropy, run
+from lab.analysis.metrics import Evaluation, bytes_of, cross_entropy, run
+from lab.mixers.base import State
 from lab.models import SequenceModel
 from lab.tasks import Batch, Task
 from lab.tasks.base import IGNORE
@@ -32,11 +35,15 @@ ADVICE = "try a lower optimizer.lr, a longer warm-up or trainer.grad_clip"
 
 
 class LabModule(pl.LightningModule):
-    """A model with what trains it. `identity` is stored in each checkpoint as the entry "lab": config, choices, hashes, versions."""
+    """A model with what trains it. `identity` is stored in each checkpoint as the entry "lab": config, choices, hashes, versions.
+
+    stream_steps: steps of an epoch of streams (lab/tasks/loader.py), over which each micro-batch continues the detached state of its
+    predecessor; None: every row begins anew.
+    """
 
     def __init__(
         self, model: SequenceModel, task: Task, optimizer: AdamW, weights: dict[str, LossWeight], settings: Settings, max_steps: int,
-        seed: int, identity: dict[str, Any],
+        seed: int, identity: dict[str, Any], stream_steps: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -49,9 +56,14 @@ class LabModule(pl.LightningModule):
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
         self.grad_norm: Tensor | None = None
         self.layer_grad_norms: dict[str, float] = {}
+        self.stream_steps = stream_steps
+        self._carried: list[State] = []  # of each micro-batch of a window, where streams are continued
         self._logging = False  # whether this step is logged
-        self._done: list[tuple[Batch, Tensor]] = []  # the micro-batches of this step with their losses
+        self._done: list[tuple[Batch, State, Tensor]] = []  # the micro-batches of this step, what they continue, and their losses
         self._stored_states: list[dict[str, Any]] = []  # from a checkpoint, until training starts
+        bits = "bits_per_byte" in task.metrics and task.token_bytes is not None
+        self.register_buffer("token_bytes", torch.from_numpy(task.token_bytes) if bits else None, persistent=False)
+        self.token_bytes: Tensor | None
         self._clock = time.perf_counter()
         self._tokens = 0
 
@@ -66,26 +78,35 @@ class LabModule(pl.LightningModule):
         scored, tokens = self._window_totals(window)
         self._logging = (self.global_step + 1) % self.settings.log_every == 0 or self.global_step + 1 == self.max_steps
         sums: dict[str, Tensor] = {}
+        if self.stream_steps is not None and self.global_step % self.stream_steps == 0:
+            self._carried = [self.model.init_state(len(batch.inputs), device=batch.inputs.device) for batch in window]
+        before = self._carried or [None] * len(window)
+        after: list[State] = []
 
         def closure() -> None:
             optimizer.zero_grad()
             self._done.clear()
+            after.clear()
             for i, batch in enumerate(window):
                 with self._sync_gradients(i == len(window) - 1):
-                    loss, parts = self._loss(batch, scored, tokens, len(window))
+                    loss, parts, state = self._loss(batch, before[i], scored, tokens, len(window))
                     self.manual_backward(loss)
-                self._done.append((batch, parts["loss"]))
+                self._done.append((batch, before[i], parts["loss"]))
+                after.append(state)
                 for name, value in parts.items():
                     sums[name] = sums[name] + value if name in sums else value
 
         optimizer.step(closure)
+        if self._carried:
+            self._carried = after
         self._tokens += sum(batch.inputs.numel() for batch in window) * self.trainer.world_size
         if self._logging:
             self._log_step(sums)
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
-    def _loss(self, batch: Batch, scored: Tensor, tokens: int, n_micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window.
+    def _loss(self, batch: Batch, before: State, scored: Tensor, tokens: int, n_micro: int) -> tuple[Tensor, dict[str, Tensor], State]:
+        """The share of one micro-batch in the window's loss, and its detached parts; they add up over the window. before: the state that it
+        continues; then the one after it, detached, comes with them.
 
         Cross-entropy is averaged over the window's scored tokens, the auxiliary losses over its real tokens. DDP averages gradients
         over ranks, so the share of a rank is scaled by their number. Losses that are functions of means are taken of each micro-batch,
@@ -93,7 +114,7 @@ class LabModule(pl.LightningModule):
         whole split.
         """
         world = self.trainer.world_size
-        out = run(self.model, batch, want=("losses",))
+        out = run(self.model, batch, before, want=("losses",) if before is None else ("losses", "state"))
         ce = cross_entropy(out.y, batch.targets).sum() / scored * world
         losses = {name: value * (real_tokens(batch) / tokens * world) for name, value in out.losses.items()}
         if world > 1 and out.means:
@@ -110,7 +131,9 @@ class LabModule(pl.LightningModule):
             parts["exact_match"] = right.all(1).float().mean() / n_micro
         if self._logging and "accuracy" in self.task.metrics:
             parts["accuracy"] = (out.y.argmax(-1) == batch.targets).float().mean() / n_micro
-        return total, parts
+        if self._logging and self.token_bytes is not None:
+            parts["bytes_per_token"] = bytes_of(batch.targets, self.token_bytes) / scored * world
+        return total, parts, self.model.map_state(Tensor.detach, out.state)
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel between ranks once per window, with its last micro-batch."""
@@ -158,18 +181,18 @@ class LabModule(pl.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         seen = self.grad_norm  # the same on every rank: what one rank made non-finite, all have got
         if self.trainer.world_size == 1:
-            seen = seen + sum(loss for _, loss in self._done)
+            seen = seen + sum(loss for _, _, loss in self._done)
         if not math.isfinite(seen):  # waits for the device, once per step
             self._stop_non_finite()
 
     def _stop_non_finite(self) -> None:
         """Raises RunError, the same sentence on every rank, before the optimiser takes the step."""
         sentence = None
-        failed = next(((batch, float(loss)) for batch, loss in self._done if not torch.isfinite(loss)), None)
+        failed = next(((batch, before, float(loss)) for batch, before, loss in self._done if not torch.isfinite(loss)), None)
         if failed is not None:
-            batch, value = failed
+            batch, before, value = failed
             with torch.no_grad():
-                where = first_non_finite(self.model, lambda: run(self.model, batch, want=("losses",)))
+                where = first_non_finite(self.model, lambda: run(self.model, batch, before, want=("losses",)))
             sentence = f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}"
         sentences = [sentence]
         if self.trainer.world_size > 1:
@@ -206,7 +229,7 @@ class LabModule(pl.LightningModule):
         values = self._of_all_ranks(torch.stack(list(sums.values()))).mean(0)
         sums = dict(zip(sums, values, strict=True))
         if "bits_per_byte" in self.task.metrics:
-            sums["bits_per_byte"] = sums["ce_loss"] / math.log(2)
+            sums["bits_per_byte"] = sums["ce_loss"] / math.log(2) / sums.pop("bytes_per_token", 1.0)
         metrics = {f"train/{name}": float(value) for name, value in sums.items()}
         derived = self.model.derived_metrics({name: sums[name] for name in self.weights})
         metrics |= {f"train/{name}": float(value) for name, value in derived.items()}
@@ -230,10 +253,15 @@ class LabModule(pl.LightningModule):
         else:
             seed_everything(self.seed + self.global_step + rank)
         self._stored_states = []
+        # Rows of all ranks, as the loader shares them out.
+        self._carried = [self.model.map_state(partial(self._share, rank=rank), state) for state in self._carried]
         schedule: Any = self.lr_schedulers()
         for group, lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):  # max_steps may not be what it was
             group["lr"] = lr * self.optimizer.factor(self.global_step, self.max_steps)
         self._clock, self._tokens = time.perf_counter(), 0
+
+    def _share(self, rows: Tensor, rank: int) -> Tensor:
+        return rows.chunk(self.trainer.world_size)[rank].to(self.device, copy=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lab"] = self.identity
@@ -242,9 +270,22 @@ class LabModule(pl.LightningModule):
             states *= self.trainer.world_size
             torch.distributed.all_gather_object(states, states[0])
         checkpoint["random_states"] = states  # of each rank
+        if self._carried:
+            carried = [self.model.map_state(lambda leaf: leaf.to("cpu", copy=True), state) for state in self._carried]
+            ranks = [carried]
+            if self.trainer.world_size > 1:
+                ranks *= self.trainer.world_size
+                torch.distributed.all_gather_object(ranks, carried)
+            checkpoint["carried_states"] = [pytree.tree_map(joined, *of_ranks) for of_ranks in zip(*ranks, strict=True)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stored_states = checkpoint["random_states"]
+        self._carried = checkpoint.get("carried_states", [])
+
+
+def joined(*of_ranks: Any) -> Any:
+    """The rows of all ranks, of one leaf of a state."""
+    return torch.cat(of_ranks) if isinstance(of_ranks[0], Tensor) else of_ranks[0]
 
 
 def real_tokens(batch: Batch) -> int:
