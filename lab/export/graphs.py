@@ -68,30 +68,28 @@ class Exported:
     max_source_len: int | None = None
 
 
-class SequenceGraph(nn.Module):
+class OfModel(nn.Module):
     def __init__(self, model: SequenceModel) -> None:
         super().__init__()
         self.model = model
 
+
+class SequenceGraph(OfModel):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
 
 
-class SourceSequenceGraph(SequenceGraph):
+class SourceSequenceGraph(OfModel):
     def forward(self, source: Tensor, tokens: Tensor) -> Tensor:
         return self.model(tokens, source=source)
 
 
-class EncoderGraph(SequenceGraph):
-    def forward(self, source: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+class EncoderGraph(OfModel):
+    def forward(self, source: Tensor) -> tuple[Tensor, ...]:
         return flatten(self.model.init_state(source.shape[0], source))
 
 
-class PrefillGraph(nn.Module):
-    def __init__(self, model: SequenceModel) -> None:
-        super().__init__()
-        self.model = model
-
+class PrefillGraph(OfModel):
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         logits, state = self.model.prefill(tokens)
         return logits, *flatten(state)
@@ -114,7 +112,7 @@ class StepGraph(nn.Module):
 
 
 class DecoderGraph(StepGraph):
-    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         logits, after = self.model.prefill(tokens, self.whole(state))
         return logits, *flatten(after)
 

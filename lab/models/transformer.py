@@ -19,6 +19,7 @@ from lab.layers import MLP
 from lab.mixers import Attention, CrossAttention, Output, State
 from lab.mixers.masks import MaskConvention, may_attend
 from lab.models.stack import Block, Position, Stack
+from lab.ops.program import NotCompiled, Program, Value
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -159,3 +160,6 @@ class TransformerModel(Stack):
             source_mask=source_mask,
             memory_mask=memory_mask,
         )
+
+    def program(self, p: Program, state: State) -> Value:
+        raise NotCompiled("cross-attention has no program")
