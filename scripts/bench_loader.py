@@ -20,10 +20,10 @@ from pathlib import Path
 
 import benchmark
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from lab.analysis.metrics import cross_entropy
 from lab.config import compose
 from lab.files import write_json
 from lab.tasks import StandardLibrary, TrainLoader
@@ -69,7 +69,7 @@ def training(split: Windows, experiment: Experiment) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        cross_entropy(model(batch.inputs), batch.targets).mean().backward()
+        torch.nn.functional.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten()).backward()
         optimizer.step()
 
     return step
