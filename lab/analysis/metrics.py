@@ -22,6 +22,11 @@ SCORES = {
 """What `Task.metrics` may name, beside ce_loss, which every task has."""
 
 
+def score_names(task: Task) -> list[str]:
+    """What every model is scored by on a task; a model may add its own."""
+    return ["ce_loss", *task.metrics, *(["exact_match_free"] if task.prompt_len is not None else [])]
+
+
 class TokenScores(Metric):
     """ce_loss (nats per scored token), those of SCORES that are asked for, and accuracy by position.
 
