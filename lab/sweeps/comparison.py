@@ -137,7 +137,7 @@ def _sort(words: Sequence[str]) -> tuple[Path, list[str], dict[str, str]]:
     own: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
+        if not equals and not key.startswith("~"):
             given.append((f"--config={word}", Path(word)))
         elif key == "experiment":
             given.append((word, files.option_file(files.options(), "experiment", value, SHELL)))
