@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.analysis import report
-from lab.analysis.metrics import cross_entropy
+from lab.analysis.metrics import cross_entropy, run
 from lab.files import write_json
 from lab.models import SequenceModel
 from lab.tasks import EvalLoader, Task
@@ -63,7 +63,7 @@ def by_position(model: SequenceModel, task: Task, times: int, windows: int | Non
     loader = EvalLoader(task.split("test", times), max(1, TOKENS // length))
     sums, counts = np.zeros(length), np.zeros(length)
     for batch in islice(loader, None if windows is None else math.ceil(windows / max(1, TOKENS // length))):
-        losses = cross_entropy(model(batch.inputs, lengths=batch.lengths), batch.targets).view_as(batch.targets)
+        losses = cross_entropy(run(model, batch, want=("losses",)).y, batch.targets).view_as(batch.targets)
         width = losses.shape[1]
         sums[:width] += losses.double().sum(0).numpy() / math.log(2)
         counts[:width] += (batch.targets != IGNORE).sum(0).numpy()

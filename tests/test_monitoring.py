@@ -112,7 +112,7 @@ def test_random_numbers_and_modes_are_put_back(tiny):
             self.inner, self.frozen = torch.nn.Dropout(), torch.nn.Dropout()
             self.seen = []
 
-        def forward(self, tokens, lengths=None, want=()):
+        def forward(self, tokens, state=None, *, lengths=None, source=None, source_lengths=None, want=()):
             self.seen.append((self.training, self.inner.training, torch.is_grad_enabled(), float(torch.rand(()))))
             return SimpleNamespace(record={})
 

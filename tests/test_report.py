@@ -264,7 +264,7 @@ def test_the_best_validation_is_chosen_by_all_digits(tmp_path):
             trainer = SimpleNamespace(
                 callback_metrics=rounded, global_step=step, max_steps=9, is_global_zero=False, save_checkpoint=lambda path: None
             )
-            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, by_position=[], stop_signal=0))
+            checkpoints.on_validation_end(trainer, SimpleNamespace(validation=metrics, tables={}, stop_signal=0))
             file.write(json.dumps({"step": step, **metrics}) + "\n")
     assert checkpoints.best["step"] == best_validation(tmp_path)["step"] == 2
 

@@ -42,6 +42,7 @@ class Row:
     test: dict[str, float] = field(default_factory=dict)
     test_data: dict[str, Any] = field(default_factory=dict)  # which data, and how much of it was scored in which way
     references: dict[str, float] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)  # scores of others: {name: {value, source}}
     sha256: str | None = None  # of the data, where the config does not say all of it
     code: str | None = None  # "a, b" where the scores are of other code than the beginning
     created: str = ""
@@ -166,6 +167,7 @@ def read(path: Path, words: str | None = None, reason: str | None = None) -> Row
         test={name: value for name, value in scores.items() if isinstance(value, int | float)},
         test_data=test_data,
         references={name: value for name, value in references.items() if isinstance(value, int | float)},
+        published=ask(lambda: test.get("published", metrics.get("published", {}))),
         sha256=data.get("sha256"),
         code=", ".join(map(str, codes)) or None,
         created=str(hparams.get("created", "")),
@@ -329,6 +331,9 @@ def _report(lines: list[dict[str, Any]], found: list[Row]) -> Report:
         if row.references:
             where = ", ".join([str(row.task), *(f"data {digits}" for digits in _data([row], found).values())])
             notes.append(f"references of {where}: " + ", ".join(f"{name} {number(value)}" for name, value in row.references.items()))
+        if row.published:
+            scores = (f"{name} {number(entry['value'])} ({entry['source']})" for name, entry in row.published.items())
+            notes.append(f"published for {row.task}: {'; '.join(scores)}")
     return Report(kept, [{name: line.get(name) for name in kept} for line in lines], list(dict.fromkeys(notes)))
 
 

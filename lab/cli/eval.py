@@ -84,11 +84,21 @@ def _print_table(result: dict[str, Any], file: Path) -> None:
         if not i:
             table.add_section()
         table.add_row(f"{name} (no model)", *[f"{value:.4f}"] * len(lengths))
+    for i, (name, entry) in enumerate(result.get("published", {}).items()):
+        if not i:
+            table.add_section()
+        table.add_row(f"{name} (published)", f"{entry['value']:.4f}", *["-"] * (len(lengths) - 1))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     for length, scores in lengths.items():
         if isinstance(scores, str):
             console.print(f"length {length}: {scores}")
+    for name, entry in result.get("published", {}).items():
+        console.print(f"published: {name}, {entry['source']}", soft_wrap=True, highlight=False)
+    for name in ("distance", "pairs"):
+        if scores := result.get(f"by_{name}"):
+            pairs = ", ".join(f"{value}: {score:.4f}" for value, score in scores.items())
+            console.print(f"accuracy by {name}: {pairs}", soft_wrap=True, highlight=False)
     if result["data"]:
         console.print("data: " + ", ".join(f"{name} {value}" for name, value in result["data"].items()), soft_wrap=True, highlight=False)
     console.print(f"written to {file}", soft_wrap=True)

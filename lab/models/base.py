@@ -29,6 +29,7 @@ class SequenceModel(nn.Module, ABC):
     max_len: int | None = None  # the longest sequence, state included; None: no limit
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that want=("losses",) returns
     mean_shapes: Mapping[str, tuple[int, ...]] = {}  # of Output.means, which comes with the losses
+    takes_source: bool = False  # True: an encoder-decoder, which needs a source
     causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
@@ -43,20 +44,27 @@ class SequenceModel(nn.Module, ABC):
         *,
         lengths: Tensor | None = None,
         source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
         """tokens (B, L) -> logits (B, L, V), or an `Output` with what `want` names ("state", "losses", "record", "in_place", "last").
 
         lengths (B,): real tokens of each right-padded row; padding changes nothing at real positions, and the state stands after the
         last real token. losses are unweighted means over layers and real tokens. "last": logits of each row's last real token alone,
-        (B, 1, V): a long prompt over a large vocabulary needs no others. source: for encoder-decoder models only.
+        (B, 1, V): a long prompt over a large vocabulary needs no others. source (B, S), right-padded with source_lengths (B,) as tokens
+        are: what an encoder-decoder model translates, and no other takes. It enters once, here or in `init_state`, and lives in the state.
         """
 
     @abstractmethod
     def init_state(
-        self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> State:
-        """The state before the first token: a pytree of tensors, batch first."""
+        """The state before the first token: a pytree of tensors, batch first. An encoder-decoder model encodes the source here."""
 
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for n more tokens, which "in_place" steps fill. `generate` and `stream` call it once."""
@@ -80,9 +88,17 @@ class SequenceModel(nn.Module, ABC):
         """fn on every tensor of a state. `model.map_state(lambda t: t[rows], state)` selects and reorders rows."""
         return pytree.tree_map_only(Tensor, fn, state)
 
-    def prefill(self, tokens: Tensor, state: State = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+    def prefill(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
         """A chunk at once: tokens (B, L) -> logits (B, L, V) and the state after it."""
-        out = self(tokens, state, lengths=lengths, want=("state",))
+        out = self(tokens, state, lengths=lengths, source=source, source_lengths=source_lengths, want=("state",))
         return out.y, out.state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
@@ -108,6 +124,8 @@ class SequenceModel(nn.Module, ABC):
         stop_token: int | None = ...,
         pad_token: int = ...,
         lengths: Tensor | None = ...,
+        source: Tensor | None = ...,
+        source_lengths: Tensor | None = ...,
         generator: torch.Generator | None = ...,
         streaming: Literal[False] = ...,
     ) -> Tensor: ...
@@ -123,6 +141,8 @@ class SequenceModel(nn.Module, ABC):
         stop_token: int | None = ...,
         pad_token: int = ...,
         lengths: Tensor | None = ...,
+        source: Tensor | None = ...,
+        source_lengths: Tensor | None = ...,
         generator: torch.Generator | None = ...,
         streaming: Literal[True],
     ) -> Iterator[Tensor]: ...
@@ -137,6 +157,8 @@ class SequenceModel(nn.Module, ABC):
         stop_token: int | None = None,
         pad_token: int = 0,
         lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
         streaming: bool = False,
     ) -> Tensor | Iterator[Tensor]:
@@ -145,7 +167,8 @@ class SequenceModel(nn.Module, ABC):
         temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature), cut to the top_k most probable and to the
         smallest set with probability top_p. lengths (B,): prompts of unequal length, right-padded; the new tokens of a row stand right
         after its own prompt, the rest of the row is pad_token. After stop_token a row goes on with pad_token, and generation ends when
-        all rows have stopped. The mode of the module is the caller's: call model.eval() first, or dropout stays on.
+        all rows have stopped. source (B, S): what an encoder-decoder model translates; the prompt is then how the answer begins, mostly a
+        start token. The mode of the module is the caller's: call model.eval() first, or dropout stays on.
         """
         tokens = self.stream(
             prompt,
@@ -156,6 +179,8 @@ class SequenceModel(nn.Module, ABC):
             stop_token=stop_token,
             pad_token=pad_token,
             lengths=lengths,
+            source=source,
+            source_lengths=source_lengths,
             generator=generator,
         )
         if streaming:
@@ -181,6 +206,8 @@ class SequenceModel(nn.Module, ABC):
         stop_token: int | None = None,
         pad_token: int = 0,
         lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of `generate` as they come, each (B,). Arguments are checked at the call, not at the first token."""
@@ -188,7 +215,10 @@ class SequenceModel(nn.Module, ABC):
         if max_new_tokens:  # the last new token is never fed back
             longest = prompt.shape[1] if lengths is None else int(lengths.max())
             self.check_length(longest + max_new_tokens - 1, "the prompt with max_new_tokens")
-        return self._stream(prompt, max_new_tokens, temperature, top_k, top_p, stop_token, pad_token, lengths, generator)
+        if max_new_tokens and source is None and self.takes_source:
+            raise ValueError(f"{type(self).__name__}: generate needs a source, the tokens (B, S) that the encoder reads")
+        given = {"lengths": lengths, "source": source, "source_lengths": source_lengths}
+        return self._stream(prompt, max_new_tokens, temperature, top_k, top_p, stop_token, pad_token, given, generator)
 
     @torch.no_grad()
     def _stream(
@@ -200,12 +230,12 @@ class SequenceModel(nn.Module, ABC):
         top_p: float | None,
         stop_token: int | None,
         pad_token: int,
-        lengths: Tensor | None,
+        given: Mapping[str, Tensor | None],
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
-        out = self(prompt, lengths=lengths, want=("state", "last"))
+        out = self(prompt, **given, want=("state", "last"))
         pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator) if temperature else None
         stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for token in decode(self, out.state, out.y[:, 0], max_new_tokens, pick):

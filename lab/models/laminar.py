@@ -164,6 +164,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         *,
         lengths: Tensor | None = None,
         source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
         check_want(want)
@@ -234,6 +235,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         self,
         batch_size: int,
         source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:

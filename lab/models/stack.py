@@ -134,6 +134,7 @@ class Stack(SequenceModel):
         *,
         lengths: Tensor | None = None,
         source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         want: tuple[str, ...] = (),
     ) -> Tensor | Output:
         check_want(want)
@@ -196,7 +197,12 @@ class Stack(SequenceModel):
         return {name: loss.mean() for name, loss in self.feed_forwards[0].losses(means).items()} if means else {}
 
     def init_state(
-        self, batch_size: int, source: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> State:
         self.check_no_source(source)
         position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Indices: TypeAlias = "Sequence[int] | np.ndarray"
 IGNORE = -100  # a target that is not scored
@@ -23,10 +24,27 @@ class Batch(NamedTuple):
     lengths: Tensor | None = None  # (B,) real tokens of each row; None: all L
     source: Tensor | None = None  # (B, S), only for encoder-decoder models
     source_lengths: Tensor | None = None
+    by: dict[str, Tensor] | None = None  # what accuracy is reported by, beside the position: "distance", "pairs"; (B, L), 0 .. L each
 
     def to(self, device: torch.device | str) -> Batch:
-        fields = (None if x is None else x.to(device, non_blocking=True) for x in self)
-        return Batch(*fields)  # type: ignore[arg-type]
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return Batch(*(pytree.tree_map_only(Tensor, moved, field) for field in self))
+
+
+def with_source(batch: Batch, prompt_len: int, start_token: int) -> Batch:
+    """Rows of a prompt and an answer, for an encoder-decoder: the prompt as the source, the answer behind a start token.
+
+    inputs    5 9 3 | 3 9                  source   5 9 3 |
+    targets   . . . 3 9 5                  inputs   S 3 9         targets   3 9 5
+    """
+    if batch.lengths is not None:
+        raise ValueError("with_source: the rows must have one length")
+    targets = batch.targets[:, prompt_len - 1 :]
+    start = torch.full((len(targets), 1), start_token, dtype=batch.inputs.dtype)
+    inputs = torch.cat([start, batch.inputs[:, prompt_len:]], 1)
+    return Batch(inputs, targets.contiguous(), source=batch.inputs[:, :prompt_len].contiguous())
 
 
 class Split(ABC):
@@ -44,15 +62,19 @@ class Split(ABC):
 
 
 class Task(ABC):
-    """The base of all tasks. `vocab_size` and `seq_len` (the longest training input) are what a model is built for."""
+    """The base of all tasks. `vocab_size` and `seq_len` (the longest training input) are what a model is built for, and `n_classes`."""
 
     vocab_size: int
     seq_len: int
+    n_classes: int | None = None  # of a whole input; None: the task is to predict tokens
     next_token: bool = True  # whether targets are the tokens to come, which a model that reads the future would copy
     prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
+    start_token: int | None = None  # where the prompt is the source of an encoder-decoder: what an answer begins with; None: no source
     free_samples: int = 0  # rows that validation decodes freely; lab-eval decodes all
     eval_lengths: Sequence[int] = (1,)  # multiples of seq_len that lab-eval reports
     metrics: Sequence[str] = ("token_accuracy", "exact_match")  # of lab.analysis.metrics.SCORES, those that mean something here
+    by: Sequence[str] = ()  # the names in Batch.by of each batch
+    reference: Mapping[str, Any] = {}  # published scores: {name: {value, source}}, in units of `metrics[0]`
     text: bool = False  # whether tokens stand for text, which encode and decode translate
     encoding: str | None = None  # of text: what a token is, for programs without lab, as "bytes of UTF-8"
 
@@ -86,6 +108,15 @@ class Task(ABC):
         return f"{type(self).__name__}: {len(self.split('train')):,} training samples of length {self.seq_len}"
 
 
+def check_reference(reference: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The published scores of a task's YAML, {name: {value, source}}; ValueError for anything else."""
+    for name, entry in (reference or {}).items():
+        right = isinstance(entry, Mapping) and set(entry) == {"value", "source"}
+        if not right or not isinstance(entry["value"], int | float) or not isinstance(entry["source"], str):
+            raise ValueError(f"task.reference: {name} must be {{value: a number, source: a text}}, got {entry}")
+    return dict(reference or {})
+
+
 def random_integers(seed: int, stream: str, indices: np.ndarray, n: int, low: int, high: int) -> np.ndarray:
     """n integers in [low, high) for each index, a pure function of (seed, stream, index): splitmix64 of a counter.
 
@@ -104,3 +135,31 @@ def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def random_uniform(seed: int, stream: str, indices: np.ndarray, n: int) -> np.ndarray:
+    """n numbers in (0, 1) for each index, as `random_integers`: (B,) -> (B, n) float64."""
+    return (random_integers(seed, stream, indices, n, 0, 2**52) + 0.5) / 2**52
+
+
+def distinct_integers(seed: int, stream: str, indices: np.ndarray, n: int, low: int, high: int) -> np.ndarray:
+    """n different integers in [low, high) for each index, each ordered choice equally likely: (B,) -> (B, n).
+
+    The first n steps of a Fisher-Yates shuffle of low .. high - 1, of which only the places that were swapped are kept: slot j gets what
+    stands at place t_j >= j, and t_j what stood at slot j. The cost depends on n alone.
+    """
+    size = high - low
+    target = random_integers(seed, stream, indices, n, 0, 2**62) % (size - np.arange(n)) + np.arange(n)  # t, (B, n)
+    moved = np.empty_like(target)  # what step j put at place t_j
+
+    def at(place: np.ndarray, j: int) -> np.ndarray:
+        """What stands at a place (B,) before step j: the last that was moved there, or its own number."""
+        hits = target[:, :j] == place[:, None]
+        last = j - 1 - hits[:, ::-1].argmax(1) if j else place
+        return np.where(hits.any(1), moved[np.arange(len(place)), last], place) if j else place
+
+    chosen = np.empty_like(target)
+    for j in range(n):
+        chosen[:, j] = at(target[:, j], j)
+        moved[:, j] = at(np.full(len(target), j), j)
+    return chosen + low

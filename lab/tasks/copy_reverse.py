@@ -9,7 +9,13 @@ An example, vocab_size 10, seq_len 6 ("|" is token 2; "." is a target that is no
     inputs    5 9 3 | 3 9
     targets   . . . 3 9 5
 
-Only what follows the delimiter is scored: the prefix is random and cannot be predicted. Tokens: 0 padding, 1 unused, 2 the
+With `source` the prefix and the delimiter are the source of an encoder-decoder, and the answer stands alone behind the start token 1:
+
+    source    5 9 3 |
+    inputs    1 3 9
+    targets   3 9 5
+
+Only what follows the delimiter is scored: the prefix is random and cannot be predicted. Tokens: 0 padding, 1 the start token, 2 the
 delimiter, 3 .. vocab_size - 1 the prefix.
 """
 
@@ -21,9 +27,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task, random_integers
+from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task, random_integers, with_source
 
-DELIMITER, FIRST = 2, 3
+START, DELIMITER, FIRST = 1, 2, 3
 
 
 class CopyReverse(Task):
@@ -38,11 +44,12 @@ class CopyReverse(Task):
         seed: int = 0,
         free_samples: int = 256,
         eval_lengths: Sequence[int] = (1,),
+        source: bool = False,
     ) -> None:
         parts = 3 if layout == "copy_reverse" else 2
         if vocab_size <= FIRST:
             raise ValueError(
-                f"task.vocab_size must be at least {FIRST + 1} (padding, an unused token, the delimiter, a symbol), got {vocab_size}"
+                f"task.vocab_size must be at least {FIRST + 1} (padding, the start token, the delimiter, a symbol), got {vocab_size}"
             )
         if seq_len < parts or seq_len % parts:
             raise ValueError(f"task.seq_len must be a positive multiple of {parts} with layout {layout}, got {seq_len}")
@@ -55,7 +62,7 @@ class CopyReverse(Task):
         self.vocab_size, self.seq_len, self.layout, self.seed = vocab_size, seq_len, layout, seed
         self.sizes = dict(zip(SPLITS, (n_train, n_val, n_test), strict=True))
         self.prefix_len = seq_len // parts
-        self.prompt_len = self.prefix_len + 1
+        self.prompt_len, self.start_token = (1, START) if source else (self.prefix_len + 1, None)
         self.free_samples, self.eval_lengths = free_samples, tuple(eval_lengths)
 
     def split(self, name: str, scale: int = 1) -> CopyReverseSplit:
@@ -95,4 +102,7 @@ class CopyReverseSplit(Split):
         sequence = torch.from_numpy(np.concatenate([prefix, delimiter, *answer], axis=1))
         targets = sequence[:, 1:].clone()
         targets[:, : self.prefix_len] = IGNORE
-        return Batch(inputs=sequence[:, :-1].contiguous(), targets=targets)
+        batch = Batch(inputs=sequence[:, :-1].contiguous(), targets=targets)
+        if self.task.start_token is None:
+            return batch
+        return with_source(batch, self.prefix_len + 1, self.task.start_token)

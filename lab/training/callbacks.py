@@ -46,7 +46,7 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, run: Run, every: int) -> None:
         self.run, self.every = run, every
-        self.best: dict[str, Any] = {"value": float("inf")}  # value, step, metrics and by_position of the best validation
+        self.best: dict[str, Any] = {"value": float("inf")}  # value, step, metrics and tables of the best validation
         self.saved_step = -1
         self.received: int | None = None  # the number of the signal
         self._pid = os.getpid()
@@ -68,7 +68,7 @@ class Checkpoints(pl.Callback):
             raise RunError(f"{MONITOR} is {value} at step {trainer.global_step}: has the validation split any scored target?")
         if value < self.best["value"]:
             metrics = {name.removeprefix("val/"): score for name, score in validation.items()}
-            self.best = {"value": value, "step": trainer.global_step, "metrics": metrics, "by_position": pl_module.by_position}
+            self.best = {"value": value, "step": trainer.global_step, "metrics": metrics, "tables": pl_module.tables}
             trainer.save_checkpoint(self.run.best)
             if trainer.is_global_zero:
                 link(self.run.path / "checkpoint.pt", Path("checkpoints") / self.run.best.name)
@@ -92,7 +92,7 @@ class Checkpoints(pl.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = {"tables": {"by_position": []}} | state_dict["best"]
 
     # ------------------------------------------------------------------ signals
 

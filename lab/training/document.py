@@ -16,9 +16,11 @@ from lab.training.provenance import environment
 def metrics_document(
     model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int | None, seed: int | None,
     metrics: Mapping[str, float],
-    by_position: list[float | None], references: Mapping[str, float], data: Mapping[str, Any], by_length: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Any], references: Mapping[str, float], published: Mapping[str, Any], data: Mapping[str, Any],
+    by_length: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """references: scores of the whole split that need no model, in units of the task's first metric. data: what identifies the data, and
+    """tables: by_position, and what else `Evaluation` gives. references: scores of the whole split that need no model, in units of the
+    task's first metric; published: those of others, {name: {value, source}}. data: what identifies the data, and
     how much of the split was scored in which way. step, seed: None of weights that came without them."""
     return {
         "task": identity["choices"]["task"],
@@ -29,9 +31,10 @@ def metrics_document(
         "params": sum(p.numel() for p in model.parameters()),
         "metrics": dict(metrics),
         "references": dict(references),
+        "published": dict(published),
         "data": dict(data),
         "by_length": dict(by_length or {}),
-        "by_position": by_position,
+        **tables,
         "config_hash": identity["config_hash"],
         "code_version": identity["code_version"],
         "git_commit": identity["git_commit"],

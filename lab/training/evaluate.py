@@ -46,7 +46,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     check_same_data(path, loaded.identity, task)
     model = loaded.model.to(_device(trainer["accelerator"]))
 
-    metrics, by_position, by_length = _measure(model, task, own["split"], trainer)
+    metrics, tables, by_length = _measure(model, task, own["split"], trainer)
     document = metrics_document(
         model,
         loaded.identity,
@@ -55,9 +55,10 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
         step=loaded.step,
         seed=loaded.config["seed"],
         metrics=metrics,
-        by_position=by_position,
+        tables=tables,
         by_length=by_length,
         references=task.references(own["split"]),
+        published=task.reference,
         data={**task.facts(), **task.split(own["split"]).facts()},
     )
     file = path.with_name(f"{path.stem}.{own['split']}.json")
@@ -103,7 +104,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
         )
     file = Path(folder) / "eval" / f"{choice}-{own['split']}.json"
     file.parent.mkdir(exist_ok=True)  # before the scores are computed: a folder that cannot be written loses none
-    metrics, by_position, by_length = _measure(model.to(_device(trainer["accelerator"])), task, own["split"], trainer)
+    metrics, tables, by_length = _measure(model.to(_device(trainer["accelerator"])), task, own["split"], trainer)
     document = metrics_document(
         model,
         {
@@ -117,22 +118,26 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
         step=None,
         seed=None,
         metrics=metrics,
-        by_position=by_position,
+        tables=tables,
         by_length=by_length,
         references=task.references(own["split"]),
+        published=task.reference,
         data={**task.facts(), **task.split(own["split"]).facts()},
     )
     write_json(file, document)
     return document, file
 
 
-def _measure(model: SequenceModel, task: Task, split: str, trainer: dict[str, Any]) -> tuple[dict[str, float], list[Any], dict[str, Any]]:
-    """metrics, accuracy by position, and the metrics at each input length that the task asks for."""
+def _measure(
+    model: SequenceModel, task: Task, split: str, trainer: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """metrics, tables (accuracy by position, ...), and the metrics at each input length that the task asks for."""
 
-    def measure(scale: int) -> tuple[dict[str, float], list[float | None]]:
-        return score(model, task, split, scale, trainer["batch_size"], trainer["num_workers"])
+    def measure(scale: int) -> tuple[dict[str, float], dict[str, Any]]:
+        batch_size = max(trainer["batch_size"] // scale, 1)  # as many tokens at once
+        return score(model, task, split, scale, batch_size, trainer["num_workers"])
 
-    metrics, by_position = measure(1)
+    metrics, tables = measure(1)
     by_length: dict[str, Any] = {str(task.seq_len): metrics}
     for scale in sorted(set(task.eval_lengths) - {1}):
         length = task.seq_len * scale
@@ -140,13 +145,13 @@ def _measure(model: SequenceModel, task: Task, split: str, trainer: dict[str, An
             by_length[str(length)] = f"not applicable (max_len {model.max_len})"
         else:
             by_length[str(length)] = measure(scale)[0]
-    return metrics, by_position, by_length
+    return metrics, tables, by_length
 
 
 def score(
     model: SequenceModel, task: Task, split: str, scale: int, batch_size: int, num_workers: int
-) -> tuple[dict[str, float], list[float | None]]:
-    """(metrics, accuracy by position) of a model in eval mode on a whole split, free-running decoding of every row included."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(metrics, tables) of a model in eval mode on a whole split, free-running decoding of every row included."""
     from lab.analysis.metrics import Evaluation
 
     samples = task.split(split, scale)

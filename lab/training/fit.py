@@ -197,7 +197,7 @@ def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Ch
     best, task = checkpoints.best, experiment.task
     document = metrics_document(
         module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
-        metrics=best["metrics"], by_position=best["by_position"], references=task.references("val"),
+        metrics=best["metrics"], tables=best["tables"], references=task.references("val"), published=task.reference,
         data={**task.facts(), **task.validation().facts()},
     )  # fmt: skip
     write_json(run.path / "metrics.json", document)

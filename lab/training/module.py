@@ -18,7 +18,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
 
 from lab.analysis.finite import first_non_finite
-from lab.analysis.metrics import Evaluation, cross_entropy
+from lab.analysis.metrics import Evaluation, cross_entropy, run
 from lab.models import SequenceModel
 from lab.tasks import Batch, Task
 from lab.tasks.base import IGNORE
@@ -44,7 +44,7 @@ class LabModule(pl.LightningModule):
         self.max_steps, self.seed, self.identity = max_steps, seed, identity
         self.evaluation = Evaluation(task, model, task.free_samples)
         self.validation: dict[str, float] = {}  # of the last one, in full; Lightning rounds its copy to float32
-        self.by_position: list[float | None] = []  # of the last validation
+        self.tables: dict[str, Any] = {}  # of the last validation: by_position, ...
         self.received_signal = 0  # by this process
         self.stop_signal = 0  # the same, agreed by all ranks at the beginning of a step
         self.grad_norm: Tensor | None = None
@@ -93,7 +93,7 @@ class LabModule(pl.LightningModule):
         whole split.
         """
         world = self.trainer.world_size
-        out = self.model(batch.inputs, lengths=batch.lengths, want=("losses",))
+        out = run(self.model, batch, want=("losses",))
         ce = cross_entropy(out.y, batch.targets).sum() / scored * world
         losses = {name: value * (real_tokens(batch) / tokens * world) for name, value in out.losses.items()}
         if world > 1 and out.means:
@@ -108,6 +108,8 @@ class LabModule(pl.LightningModule):
         if self._logging and "exact_match" in self.task.metrics:
             right = (out.y.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
             parts["exact_match"] = right.all(1).float().mean() / n_micro
+        if self._logging and "accuracy" in self.task.metrics:
+            parts["accuracy"] = (out.y.argmax(-1) == batch.targets).float().mean() / n_micro
         return total, parts
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
@@ -167,7 +169,7 @@ class LabModule(pl.LightningModule):
         if failed is not None:
             batch, value = failed
             with torch.no_grad():
-                where = first_non_finite(self.model, lambda: self.model(batch.inputs, lengths=batch.lengths, want=("losses",)))
+                where = first_non_finite(self.model, lambda: run(self.model, batch, want=("losses",)))
             sentence = f"the loss is {value} at step {self.global_step + 1}; the first non-finite value is in {where}; {ADVICE}"
         sentences = [sentence]
         if self.trainer.world_size > 1:
@@ -190,7 +192,7 @@ class LabModule(pl.LightningModule):
         self.evaluation.update(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
-        metrics, self.by_position = self.evaluation.compute(self.model)
+        metrics, self.tables = self.evaluation.compute(self.model)
         weighted = sum(weight.at(self.global_step, self.max_steps) * metrics[name] for name, weight in self.weights.items())
         self.validation = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(self.validation, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser

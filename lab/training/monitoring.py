@@ -107,18 +107,29 @@ def rows_to_watch(trainer: pl.Trainer, module: Any, samples: int) -> tuple[Batch
     split = module.task.split("val")
     batch = split.batch(range(min(samples, len(split)))).to(module.device)
     B, L = batch.inputs.shape
-    probe = record_of(trainer, module.model, batch._replace(inputs=batch.inputs[:1, :PROBE], lengths=None))
-    longer = L / min(L, PROBE)
+    longest = max(L, 0 if batch.source is None else batch.source.shape[1])
+    probe = record_of(trainer, module.model, cut(batch, 1, PROBE)._replace(lengths=None, source_lengths=None))
+    longer = longest / min(longest, PROBE)
     pairs = longer**2 * bytes_of(probe, "attention")  # of a row
     each = longer * bytes_of(probe, "dt", "kernel")
     if B * (pairs + each) > LIMIT:
         B = max(1, int(LIMIT / (pairs + each)))
         share = 2 * LIMIT / (each + (each**2 + 4 * pairs * LIMIT) ** 0.5)  # pairs share^2 + each share = LIMIT
-        n = max(1, int(L * min(1, share)))
-        print(f"monitoring looks at {B} of {len(batch.inputs)} rows, {n:,} of their {L:,} tokens: what it sees takes memory", flush=True)
-        lengths = None if batch.lengths is None else batch.lengths[:B].clamp(max=n)
-        batch = batch._replace(inputs=batch.inputs[:B, :n], lengths=lengths)
+        n = max(1, int(longest * min(1, share)))
+        seen = f"{min(n, L):,} of their {L:,} tokens"
+        print(f"monitoring looks at {B} of {len(batch.inputs)} rows, {seen}: what it sees takes memory", flush=True)
+        batch = cut(batch, B, n)
     return batch, frozenset(probe)
+
+
+def cut(batch: Batch, rows: int, n: int) -> Batch:
+    """The first rows, and n tokens of their inputs and of their source."""
+
+    def lengths(of: Tensor | None) -> Tensor | None:
+        return None if of is None else of[:rows].clamp(max=n)
+
+    source = None if batch.source is None else batch.source[:rows, :n]
+    return Batch(batch.inputs[:rows, :n], batch.targets[:rows], lengths(batch.lengths), source, lengths(batch.source_lengths))
 
 
 def bytes_of(record: Record, *names: str) -> int:
@@ -127,8 +138,10 @@ def bytes_of(record: Record, *names: str) -> int:
 
 def record_of(trainer: pl.Trainer, model: Any, batch: Batch) -> Record:
     """The record as float32 on the CPU."""
+    from lab.analysis.metrics import run  # whose torchmetrics takes seconds
+
     with evaluating(model), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-        record = model(batch.inputs, lengths=batch.lengths, want=("record",)).record
+        record = run(model, batch, want=("record",)).record
     return {name: [None if layer is None else layer.detach().float().cpu() for layer in layers] for name, layers in record.items()}
 
 

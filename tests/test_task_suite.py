@@ -1,0 +1,185 @@
+"""What every generated task promises, and what the scores make of it: one list of tasks, each test over all of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lab.analysis.metrics import TokenScores, by_value
+from lab.config import ConfigError
+from lab.tasks import MQAR, Batch, InContextRecall, InductionHeads, SelectiveCopy, TrainLoader
+from lab.tasks.base import IGNORE, distinct_integers
+from lab.tasks.synthetic import duplicates
+from lab.training.experiment import build_node
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "task"
+SIZES = {"n_train": 300, "n_val": 40, "n_test": 40}
+
+
+def induction(inputs, t):
+    return inputs[inputs.index(0) + 1]
+
+
+def mqar(inputs, t):
+    return inputs[inputs.index(inputs[t]) + 1]
+
+
+def recall(inputs, t):
+    return next(inputs[i + 1] for i in range(0, t - 1, 2) if inputs[i] == inputs[t])
+
+
+def selective(inputs, t):
+    asks = [i for i, token in enumerate(inputs) if token == inputs[-1]]
+    return [token for token in inputs[: asks[0]] if token][t - asks[0]]
+
+
+TASKS = {  # a task, and what reads the answer at a scored place off the inputs
+    "induction": (InductionHeads(10, 12, **SIZES), induction),
+    "mqar": (MQAR(64, 16, 4, **SIZES), mqar),
+    "mqar_mixed": (MQAR(64, 32, [2, 5], power=1.0, **SIZES), mqar),
+    "recall": (InContextRecall(16, 24, **SIZES), recall),
+    "recall_noise": (InContextRecall(24, 24, noise=0.4, n_noise=8, **SIZES), recall),
+    "recall_single": (InContextRecall(10, 20, multi_query=False, **SIZES), recall),
+    "selective_copy": (SelectiveCopy(12, 20, 4, **SIZES), selective),
+}
+every_task = pytest.mark.parametrize("name", TASKS)
+
+
+def predictions(batch: Batch, n: int) -> torch.Tensor:
+    """Logits of an oracle."""
+    return 50 * torch.nn.functional.one_hot(batch.targets.clamp(min=0), n).float()
+
+
+@every_task
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_answers_can_be_read_off_the_inputs(name, scale):
+    task, solve = TASKS[name]
+    batch = task.split("val", scale).batch(range(40))
+    assert batch.inputs.shape == (40, task.seq_len * scale) and batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert 0 <= batch.inputs.min() and batch.inputs.max() < task.vocab_size
+    scored = (batch.targets != IGNORE).nonzero().tolist()
+    assert {row for row, _ in scored} == set(range(40))
+    for row, t in scored:
+        assert solve(batch.inputs[row].tolist(), t) == batch.targets[row, t]
+        for values in (batch.by or {}).values():
+            assert 0 < values[row, t] <= t
+    assert set(batch.by or {}) == set(task.by)
+
+
+@every_task
+def test_a_sample_is_a_function_of_its_index(name):
+    task, _ = TASKS[name]
+    whole = task.split("train").batch(range(300))
+    some = task.split("train").batch([7, 3, 299])
+    assert torch.equal(some.inputs, whole.inputs[[7, 3, 299]]) and torch.equal(some.targets, whole.targets[[7, 3, 299]])
+    streams = [task.split("train").batch([5]), task.split("val").batch([5]), task.split("test").batch([5])]
+    assert len({tuple(batch.inputs[0].tolist()) for batch in streams}) == 3
+
+
+@every_task
+def test_an_oracle_scores_one_and_uniform_logits_ln_v(name):
+    task, _ = TASKS[name]
+    n = task.n_classes or task.vocab_size
+    batch = task.split("test").batch(range(40))
+    scores = TokenScores(task.seq_len, task.metrics, task.by, task.n_classes)
+    scores.update(predictions(batch, n), batch.targets, batch.by)
+    result = scores.compute()
+    assert all(result[metric] == 1 for metric in task.metrics)
+    for group in task.by:
+        correct, scored = result[f"by_{group}"]
+        assert torch.equal(correct, scored) and scored.sum() == (batch.targets != IGNORE).sum()
+    scores.reset()
+    scores.update(torch.zeros(*batch.targets.shape, n), batch.targets, batch.by)
+    assert float(scores.compute()["ce_loss"]) == pytest.approx(math.log(n), abs=1e-6)
+
+
+@every_task
+def test_the_loader_goes_on_where_it_was(name):
+    task, _ = TASKS[name]
+
+    def windows(start):
+        loader = TrainLoader(task.split("train"), 4, 1, 5, seed=1)
+        loader.load_state_dict({"step": start})
+        return [(batch.inputs.tolist(), batch.targets.tolist()) for window in loader for batch in window]
+
+    assert windows(2) == windows(0)[2:]
+
+
+@every_task
+def test_constant_answers_are_what_they_say(name):
+    task, _ = TASKS[name]
+    references = task.references("test")
+    train, test = (task.split(split).batch(range(n)).targets for split, n in (("train", 300), ("test", 40)))
+    best = train[train != IGNORE].mode().values
+    counts = torch.bincount(train[train != IGNORE].flatten())
+    if (counts == counts.max()).sum() == 1:
+        assert references["best constant"] == pytest.approx(float((test[test != IGNORE] == best).double().mean()))
+    assert all(0 <= value < 0.9 for value in references.values())
+    assert "in validation: " in task.describe() and "in test: " in task.describe()
+
+
+def test_samples_of_two_splits_are_counted():
+    assert duplicates(InductionHeads(3, 3, **SIZES)) == "of these also in validation: 40 of 40, in test: 40 of 40"
+    assert duplicates(InductionHeads(60, 60, **SIZES)) == "of these also in validation: 0 of 40, in test: 0 of 40"
+    assert "of the first 2,000 also" in duplicates(InductionHeads(60, 1000, n_train=10000, n_val=1, n_test=1))
+
+
+def test_distinct_integers_are_distinct_and_uniform():
+    draws = distinct_integers(0, "keys", np.arange(20000), 3, 5, 9)
+    assert all(len(set(row)) == 3 for row in draws.tolist()) and draws.min() == 5 and draws.max() == 8
+    orders, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(orders) == 24  # of four numbers, three in their order
+    np.testing.assert_allclose(counts / 20000, 1 / 24, atol=5 * math.sqrt(1 / 24 / 20000))
+
+
+def test_queries_of_mqar_come_soon():
+    gaps = {power: MQAR(64, 64, 1, power=power, **SIZES).split("train").batch(range(300)) for power in (0.01, 1.0)}
+    means = {power: batch.by["distance"][batch.targets != IGNORE].double().mean() for power, batch in gaps.items()}
+    i = np.arange(31)
+    for power, mean in means.items():
+        weights = (i + 1.0) ** (power - 1)
+        assert mean == pytest.approx(2 + 2 * (i * weights).sum() / weights.sum(), rel=0.15)
+
+
+def test_accuracy_by_value():
+    assert by_value([0, 1, 1, 0, 2], [0, 1, 2, 0, 2], ranges=False) == {"1": 1.0, "2": 0.5, "4": 1.0}
+    assert by_value([0, 1, 1, 0, 2], [0, 1, 2, 2, 2], ranges=True) == {"1": 1.0, "2-3": 0.25, "4-7": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: InductionHeads(2), "task.vocab_size must be at least 3"),
+        (lambda: InductionHeads(seq_len=2), "task.seq_len must be at least 3"),
+        (lambda: MQAR(seq_len=12), "task.seq_len must be even and at least 16"),
+        (lambda: MQAR(8), "task.vocab_size must be at least 10"),
+        (lambda: MQAR(n_pairs=0), "task.n_pairs"),
+        (lambda: InContextRecall(noise=0.5), "task.n_noise"),
+        (lambda: InContextRecall(16, 24, n_noise=13), "two keys and two values beside 13 other"),
+        (lambda: SelectiveCopy(seq_len=31), "task.seq_len must be at least 32"),
+        (lambda: SelectiveCopy(reference={"S4": 0.183}), "task.reference: S4 must be"),
+    ],
+)
+def test_impossible_values_say_what_would_be_right(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("file", [path.stem for path in CONFIGS.glob("*.yaml") if "reference:" in path.read_text()])
+def test_a_config_is_what_its_data_is(file):
+    node = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())
+    task = build_node("task", node, None)
+    batch = task.split("train").batch(range(4))
+    assert batch.inputs.shape[1] == node["seq_len"] and batch.inputs.max() < node["vocab_size"]
+    assert task.reference and all("arXiv:" in entry["source"] or "http" in entry["source"] for entry in task.reference.values())
+
+
+def test_a_wrong_reference_names_its_key():
+    node = {"_target_": "lab.tasks.SelectiveCopy", "reference": {"S4": {"value": "high", "source": "x"}}}
+    with pytest.raises(ConfigError, match="task.reference"):
+        build_node("task", node, None)
