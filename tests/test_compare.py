@@ -126,7 +126,7 @@ FIRST, SECOND = "test/exact_match, model: mamba, scale", "over: attention, at_le
 def test_a_mistake_in_the_file_is_one_sentence(old, new, sentence, file, capsys):
     assert old in FILE
     file.write_text(FILE.replace(old, new))
-    assert mistake(["tiny.yaml"], capsys) == sentence
+    assert mistake(["tiny.yaml"], capsys).startswith(sentence)  # the options may follow
 
 
 def test_a_mistake_in_the_words_is_one_sentence(capsys):
