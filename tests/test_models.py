@@ -30,6 +30,7 @@ SHRUNK = {  # besides the words of from_yaml
 }
 OPTION = {"serriformnet": "serriform"}  # in configs/model, of an architecture of another name
 V, L = 11, 9
+SOURCE = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(4))
 
 
 def random_tokens(batch: int = 3, length: int = L) -> torch.Tensor:
@@ -68,6 +69,10 @@ def conform(make, device: str = "cpu") -> None:
     initialise(model, 0)
     conformance.randomise(model, 0)
     model, tokens = model.to(device), random_tokens().to(device)
+    if model.takes_source:
+        conformance.check_source(model, tokens, SOURCE.to(device))
+        whole, make_whole = model, make
+        model, make = conformance.WithSource(whole, SOURCE.to(device)), lambda: conformance.WithSource(make_whole(), SOURCE)
     for check in conformance.CHECKS:
         if check is conformance.check_gradients:
             literal = any(isinstance(m, Lattice) and m.phase_mode == "literal" for m in model.modules())
@@ -361,7 +366,7 @@ def test_derived_metrics():
         ({"vocab_size": 0}, "^Stack: vocab_size=0 must be at least 1"),
         ({"max_len": 0}, "^Stack: max_len=0 must be at least 1"),
         ({"max_len": None}, 'position="learned" needs max_len'),
-        ({"position": "sinusoidal"}, "position='sinusoidal'; expected learned, none, gate, rotate"),
+        ({"position": "rotary"}, "position='rotary'; expected learned, sinusoidal, rope, alibi, none, gate, rotate"),
     ],
 )
 def test_wrong_options_are_errors(options, message):

@@ -6,6 +6,10 @@
     check_checkpoint(model, make, tokens)      # make() builds the same architecture afresh
     check_borders(model, tokens)               # at least LONG tokens: the lengths at which the kernels begin another chunk
 
+    for check in CHECKS:                       # an encoder-decoder, with one source for all rows
+        check(WithSource(model, source), tokens)
+    check_source(model, tokens, source)        # and with one for each row
+
 Checks run in eval mode (gradients: in the mode of the model) and restore the mode. B = batch, L = length, V = vocabulary.
 """
 
@@ -20,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lab.mixers import Mixer
+from lab.mixers import Mixer, Output, State
 from lab.models import SequenceModel, evaluating
 
 RTOL, ATOL = 1e-4, 1e-5  # float32; the same sums in another order
@@ -250,6 +254,70 @@ def check_checkpoint(model: SequenceModel, make: Callable[[], SequenceModel], to
         assert not torch.equal(other(tokens), want), "another seed gives the same model"
         other.load_state_dict(torch.load(file, weights_only=True))
         identical(other(tokens), want, "a loaded checkpoint")
+
+
+class WithSource(SequenceModel):
+    """An encoder-decoder whose rows all have the source (1, S): to its callers a model of tokens alone."""
+
+    def __init__(self, model: SequenceModel, source: Tensor) -> None:
+        super().__init__()
+        self.model, self.source = model, source[:1]
+        self.loss_names = model.loss_names
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+        want: tuple[str, ...] = (),
+    ) -> Tensor | Output:
+        given = None if state is not None else self.source.expand(len(tokens), -1)
+        out: Tensor | Output = self.model(tokens, state, lengths=lengths, source=given, want=want)
+        return out
+
+    def init_state(
+        self,
+        batch_size: int,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        return self.model.init_state(batch_size, self.source.expand(batch_size, -1), None, device, dtype)
+
+
+def check_source(model: SequenceModel, tokens: Tensor, source: Tensor) -> None:
+    """Every logit depends on every real token of its own source and on nothing else of it: not on padding, not on other rows. A state
+    holds its source; it can be reordered and continued. A source without a real token gives finite logits."""
+    (B, L), S = tokens.shape, source.shape[1]
+    lengths = torch.arange(B, device=source.device) * max(1, S // B) % S + 1
+    real = torch.arange(S, device=source.device) < lengths[:, None]
+    order = torch.arange(B, device=source.device).flip(0)
+    with evaluating(model):
+        want = model(tokens, source=source, source_lengths=lengths)
+        garbage = torch.where(real, source, another(source, want))
+        same(model(tokens, source=garbage, source_lengths=lengths), want, "logits with other padding of the source")
+        full = model(tokens, source=source)
+        same(model(tokens, source=source, source_lengths=torch.full_like(lengths, S)), full, "source_lengths that pad nothing")
+        for s in range(S):
+            changed = source.clone()
+            changed[:, s] = another(source, want)[:, s]
+            off = (model(tokens, source=changed) - full).abs().amax(-1)
+            assert bool((off > 0).all()), f"some logits do not depend on token {s} of the source"
+        state = model.init_state(B, garbage, lengths)
+        flipped = model.map_state(partial(torch.index_select, dim=0, index=order), state)
+        for b, n in enumerate(lengths.tolist()):
+            same(model(tokens[b : b + 1], source=source[b : b + 1, :n])[0], want[b], f"row {b} alone with its source")
+        for t in range(L):
+            logits, state = model.step(tokens[:, t], state)
+            same(logits, want[:, t], f"step {t} after init_state with a source")
+            logits, flipped = model.step(tokens[order, t], flipped)
+            same(logits, want[order, t], f"step {t} of a reordered state with a source")
+        nothing = model(tokens, source=source, source_lengths=torch.zeros_like(lengths))
+        assert torch.isfinite(nothing).all(), "a source without a real token gives logits that are not finite"
 
 
 CHECKS: tuple[Callable[[SequenceModel, Tensor], None], ...] = (

@@ -3,6 +3,7 @@
     w_i = base^(-i / n), i = 0 .. n - 1, n = D / 2, base 10000
     gate     z_t * (1 + gamma cos(t w + phi)),  z = W_in x;  gamma and phi are learned, one of each for a channel
     rotate   the pair (z_i, z_{i + n}) turned by the angle t w_i
+    sinusoidal   E[token] + gain [sin t w; cos t w];  the gain is learned      arXiv:1706.03762, section 3.5
 
 B = batch, L = length, D = channels, t = a token's place in its row. Places are (L,), or (B, L) where rows differ.
 """
@@ -28,8 +29,10 @@ def angles(places: Tensor, n: int, base: float = BASE) -> Tensor:
 
 
 def rotated(x: Tensor, places: Tensor, base: float = BASE) -> Tensor:
-    """x (B, L, D), D even -> the same with its pairs turned by the angles of their places."""
+    """x (B, L, D) or (B, L, H, D), D even -> the same with its pairs turned by the angles of their places."""
     angle = angles(places, x.shape[-1] // 2, base).to(torch.promote_types(x.dtype, torch.float32))
+    if x.ndim == 4:
+        angle = angle[..., None, :]
     cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -92,6 +95,33 @@ class Rotate(nn.Module):
         p.add(p.multiply(a, cos), p.multiply(b, minus), onto=first)
         p.add(p.multiply(b, cos), p.multiply(a, sin), onto=second)
         return y
+
+
+class Sinusoidal(nn.Module):
+    """Fixed waves, as large at the start as a learned table is: at their own size they would drown embeddings drawn from N(0, 0.02^2)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        if d_model % 2:
+            raise ValueError(f"Sinusoidal positions are pairs of channels: d_model={d_model} must be even")
+        self.d_model = d_model
+        self.gain = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gain, 0.02 * math.sqrt(2))
+
+    def waves(self, places: Tensor) -> Tensor:
+        """places (...) -> (..., D)"""
+        angle = angles(places, self.d_model // 2).to(torch.promote_types(self.gain.dtype, torch.float32))
+        return self.gain * torch.cat([angle.sin(), angle.cos()], -1)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        """As that of a Gate."""
+        return x + self.waves(places).to(x.dtype)
+
+    def program(self, p: Program, x: Value, position: Tensor) -> Value:
+        return p.add(x, p.place(*table(self.waves, p, position)))
 
 
 def table(of: Callable[[Tensor], Tensor], p: Program, position: Tensor) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from lab.mixers.attention import Attention
 from lab.mixers.base import Mixer, Output, State
+from lab.mixers.cross_attention import CrossAttention
 from lab.mixers.drift import GeometricDriftField
 from lab.mixers.gated_mlp import GatedMLP
 from lab.mixers.h3 import H3Layer
@@ -13,7 +14,6 @@ from lab.mixers.s5 import S5Layer
 from lab.mixers.serriform import Serriform
 
 __all__ = [
-    "Attention", "GatedMLP", "GeometricDriftField", "H3Layer", "Lattice", "MambaLayer", "Mixer", "Output", "S4DLayer", "S4Layer", "S5Layer",
-    "Serriform",
-    "State",
+    "Attention", "CrossAttention", "GatedMLP", "GeometricDriftField", "H3Layer", "Lattice", "MambaLayer", "Mixer", "Output", "S4DLayer",
+    "S4Layer", "S5Layer", "Serriform", "State",
 ]  # fmt: skip

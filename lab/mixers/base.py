@@ -69,20 +69,32 @@ class Mixer(nn.Module, ABC):
 
     loss_names: tuple[str, ...] = ()  # the auxiliary losses that `want=("losses",)` returns
     causal: bool = True  # False: y depends on later tokens too, so there is no state, no step and no next-token task
+    takes_mask: bool = False  # whether `mix` has an argument `mask`
     d_model: int | None = None  # D, where x should be checked
 
-    def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
+    def forward(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        want: tuple[str, ...] = (),
+        mask: Tensor | None = None,
+    ) -> Tensor | Output:
         """x (B, L, D), lengths (B,) real tokens of each right-padded row (None: all) -> y (B, L, D), or an Output with `want`.
 
         A returned state stands after the last real token of each row; y at padded positions has no meaning. "in_place" allows the
-        mixer to write into the tensors of `state`: only for a caller that made the state and gives it up.
+        mixer to write into the tensors of `state`: only for a caller that made the state and gives it up. mask: of attention
+        (lab/mixers/masks.py); another mixer refuses one.
         """
         check_want(want)
         if self.d_model is not None and not recording() and (x.ndim != 3 or x.shape[-1] != self.d_model):
             raise ValueError(f"{type(self).__name__}: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
         if "state" in want:
             self.check_causal()
-        out = self.mix(x, state, lengths, want)
+        if mask is not None and not self.takes_mask:
+            raise ValueError(f"{type(self).__name__} is no attention: it takes no mask")
+        out = self.mix(x, state, lengths, want, **({} if mask is None else {"mask": mask}))
         if not want:
             return out.y
         return Output(

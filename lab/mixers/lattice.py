@@ -90,11 +90,12 @@ class Lattice(Attention):
         if self.drive is not None:
             nn.init.normal_(self.drive.weight, std=0.02)
 
-    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...]) -> Output:
+    def mix(self, x: Tensor, state: State, lengths: Tensor | None, want: tuple[str, ...], mask: Tensor | None = None) -> Output:
+        pattern = self.pattern(x, state, mask)
         theta, last = self.phases(x, state, lengths)
         q, k, v = self.heads(x)
         q, k = self.imprint(q, k, theta)
-        y, cache, record = cached_attention(q, k, v, state, lengths, want, self.dropout if self.training else 0.0)
+        y, cache, record = cached_attention(q, k, v, state, lengths, want, self.dropout if self.training else 0.0, pattern)
         if cache is not None and self.phase_mode == "wave":
             cache["theta"] = last.expand(x.shape[0], -1)
         losses = self.losses(theta, lengths, x.shape[1]) if "losses" in want else {}

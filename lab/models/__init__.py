@@ -5,8 +5,9 @@ from lab.models.create import create_model
 from lab.models.laminar import Laminar, LaminarNet, LaminarNetConfig
 from lab.models.serriform import SerriformNet
 from lab.models.stack import Block, Stack
+from lab.models.transformer import TransformerDecoderLayer, TransformerEncoderLayer, TransformerModel
 
 __all__ = [
-    "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "SerriformNet", "Stack", "create_model", "evaluating",
-    "initialise",
+    "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "SerriformNet", "Stack", "TransformerDecoderLayer",
+    "TransformerEncoderLayer", "TransformerModel", "create_model", "evaluating", "initialise",
 ]  # fmt: skip

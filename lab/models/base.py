@@ -248,7 +248,7 @@ class SequenceModel(nn.Module, ABC):
                 return
 
     def check_call(self, tokens: Tensor, state: State, lengths: Tensor | None, source: Tensor | None) -> None:
-        """ValueError for arguments of `forward` that cannot be, by their shapes and types; nothing that stalls a GPU. For a decoder."""
+        """ValueError for arguments of `forward` that cannot be, by their shapes and types; nothing that stalls a GPU."""
         self.check_no_source(source)
         if recording():
             return
@@ -258,6 +258,8 @@ class SequenceModel(nn.Module, ABC):
             check_lengths(lengths, tokens, owner)
         if state is not None and len(state["position"]) != len(tokens):
             raise ValueError(f"{owner}: the state has {len(state['position'])} rows, the tokens have {len(tokens)}")
+        if state is not None and source is not None:
+            raise ValueError(f"{owner}: the state holds a source already; another one needs a state of its own")
 
     def check_no_source(self, source: Tensor | None) -> None:
         if source is not None:

@@ -29,6 +29,7 @@ from lab.models.base import SequenceModel
 from lab.models.laminar import Laminar
 from lab.models.serriform import KEYS, SerriformNet
 from lab.models.stack import Stack
+from lab.models.transformer import TransformerModel
 
 
 class Architecture(NamedTuple):
@@ -52,6 +53,8 @@ LAYERS: dict[str, Callable[..., Mixer]] = {"mamba": MambaLayer, "s4": S4Layer, "
 """What a slot takes."""
 
 KINDS = ("encoder_decoder", "decoder", "encoder")  # of transformer
+OF_BOTH_SIDES = {"n_heads": "n_heads", "dropout": "attention_dropout", "window": "window", "mask_convention": "mask_convention"}
+"""Arguments of Attention that both sides of an encoder-decoder have, and their names in TransformerModel."""
 OURS = {"num_heads": "n_heads", "num_layers": "n_layers", "max_seq_len": "max_len"}  # documented name -> the name of the argument
 OF_LAMINAR = {**OURS, "max_seq_len": "seq_len"}
 OF_SERRIFORM = {"d_model": "dim", "n_layers": "num_layers", "max_len": "max_seq_len"}  # whose own names are the documented ones
@@ -70,9 +73,10 @@ def create_model(
     layer_kwargs: Mapping[str, Any] | None = None,
     architecture_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceModel:
-    """architecture: gated_mlp, h3, laminarnet, lot, mamba, s4, s4d, s5, serriformnet, transformer (with architecture_kwargs={"kind":
-    "decoder"}). ssm_layer: mamba, s4, s4d or s5 in the slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3
-    has the diagonal state space of its paper and mamba the selective scan, which it also has with mamba.
+    """architecture: gated_mlp, h3, laminarnet, lot, mamba, s4, s4d, s5, serriformnet, transformer. That is an encoder-decoder, called as
+    model(src, tgt), or one side of it, with architecture_kwargs={"kind": "decoder"} or "encoder". ssm_layer: mamba, s4, s4d or s5 in the
+    slot of gated_mlp, h3 and mamba. Without one gated_mlp mixes nothing over time, h3 has the diagonal state space of its paper and mamba
+    the selective scan, which it also has with mamba.
 
     layer_kwargs: arguments of the ssm_layer, without one of the architecture's layer. architecture_kwargs: of the stack, and those of the
     layer around a slot. Of serriformnet: the keys of arch_config, in either, and in architecture_kwargs those of SerriformNet. Both win
@@ -100,21 +104,24 @@ def create_model(
             raise ValueError(f"create_model: {architecture} has no place for an ssm_layer, got {ssm_layer}; leave it out")
     inside = None if ssm_layer in (None, architecture) else LAYERS[ssm_layer]
 
+    general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "max_len": max_seq_len, "dropout": dropout}
     kinds = {"kind"} if architecture == "transformer" else set()
+    if kinds and (architecture_kwargs is None or isinstance(architecture_kwargs, Mapping)):
+        kind = (architecture_kwargs or {}).get("kind", KINDS[0])
+        if kind == KINDS[0]:
+            return _encoder_decoder(layer_kwargs, architecture_kwargs, general)
     valid = {
-        "layer_kwargs": _arguments(inside or layer) - {"d_model", "layer", "ssm_layer"},
-        "architecture_kwargs": _arguments(Stack) - {"mixer", "pattern"} | kinds | set(own),
+        "layer_kwargs": _arguments(inside or layer) - {"d_model", "layer", "ssm_layer"} - ({"bidirectional"} if kinds else set()),
+        "architecture_kwargs": _arguments(Stack) - {"mixer", "pattern", "encoder", "cross"} | kinds | set(own),
     }
     of_layer = _checked("layer_kwargs", layer_kwargs, valid)
     of_stack = _checked("architecture_kwargs", architecture_kwargs, valid)
     of_block = {name: of_stack.pop(name) for name in own if name in of_stack}
     if kinds:
-        kind = of_stack.pop("kind", "encoder_decoder")
+        kind = of_stack.pop("kind")
         _expect("kind", kind, KINDS)
-        if kind != "decoder":
-            raise ValueError(f'create_model: a transformer of kind {kind} is not there yet; architecture_kwargs={{"kind": "decoder"}} is')
+        layer = partial(layer, bidirectional=True) if kind == "encoder" else layer
 
-    general = {"vocab_size": vocab_size, "d_model": d_model, "n_layers": num_layers, "max_len": max_seq_len, "dropout": dropout}
     arguments = {**general, **defaults, **of_stack}
     if arguments["vocab_size"] is None:
         arguments["tied"] = of_stack.get("tied", False)
@@ -131,6 +138,20 @@ def _check_general(d_model: Any, num_layers: Any, dropout: Any) -> None:
     check_at_least("create_model", 1, d_model=d_model, num_layers=num_layers)
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ValueError(f"create_model: dropout={dropout!r} must be a number from 0 to 1")
+
+
+def _encoder_decoder(
+    layer_kwargs: Mapping[str, Any] | None, architecture_kwargs: Mapping[str, Any] | None, general: Mapping[str, Any]
+) -> TransformerModel:
+    """Its layers are attention on both sides. dropout is that of the attention weights in layer_kwargs, and the model's in
+    architecture_kwargs."""
+    valid = {"layer_kwargs": set(OF_BOTH_SIDES), "architecture_kwargs": _arguments(TransformerModel) | {"kind"}}
+    of_layer = _checked("layer_kwargs", layer_kwargs, valid)
+    of_model = _checked("architecture_kwargs", architecture_kwargs, valid)
+    of_model.pop("kind", None)
+    of_layer = {OF_BOTH_SIDES[name]: value for name, value in of_layer.items()}
+    _refuse_twice(of_layer, of_model)
+    return TransformerModel(**{**general, **of_layer, **of_model})
 
 
 def _laminarnet(

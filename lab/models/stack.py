@@ -2,8 +2,10 @@
 
 With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT), with
 `lab.mixers.MambaLayer`, no MLP and RMS norms Mamba, with `lab.mixers.Serriform` and positions that gate SerriformNet. Layers may have
-different mixers.
-B = batch, L = length, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]}.
+different mixers. With an encoder, another model of tokens, it is the decoder of an encoder-decoder: each block attends to the source.
+B = batch, L = length, S = tokens of the source, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]},
+with an encoder also "source": {"length": (B,), "layers": [k and v (B, S, H, d) of each cross-attention]}, which stay as they are.
+Record: lists over the layers, with those of the encoder as encoder_attention and the like.
 """
 
 from __future__ import annotations
@@ -11,54 +13,94 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.config.errors import hint
-from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate
+from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate, Sinusoidal
 from lab.layers.embedding import looked_up
+from lab.mixers import CrossAttention
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
 from lab.models.base import SequenceModel, last_real
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
-Position = Literal["learned", "none", "gate", "rotate"]
+Position = Literal["learned", "sinusoidal", "rope", "alibi", "none", "gate", "rotate"]
+OF_MIXER = ("rope", "alibi")  # positions that a mixer takes as its argument `position`
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Block(nn.Module):
-    """x + mixer(norm1(x)), then, where there is a feed-forward, x + mlp(norm2(x)); dropout on both branches. The convention of a mixer."""
+    """x + mixer(norm1(x)); in a decoder with a source x + cross(norm_cross(x)); where there is a feed-forward x + mlp(norm2(x)). Dropout on
+    each branch. The convention of a mixer, with what `cross` holds of the source."""
 
     def __init__(
-        self, d_model: int, mixer: Mixer, feed_forward: FeedForward | None, dropout: float, norm: Callable[[int], nn.Module]
+        self,
+        d_model: int,
+        mixer: Mixer,
+        feed_forward: FeedForward | None,
+        dropout: float,
+        norm: Callable[[int], nn.Module],
+        cross: CrossAttention | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = norm(d_model)
         self.mixer = mixer
+        self.norm_cross = None if cross is None else norm(d_model)
+        self.cross = cross
         self.norm2 = None if feed_forward is None else norm(d_model)
         self.mlp = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: State = None, *, lengths: Tensor | None = None, want: tuple[str, ...] = ()) -> Tensor | Output:
-        mixed = self.mixer(self.norm1(x), state, lengths=lengths, want=want)
+    def forward(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        lengths: Tensor | None = None,
+        want: tuple[str, ...] = (),
+        mask: Tensor | None = None,
+        held: Tensor | Mapping[str, Tensor] | None = None,
+        source_lengths: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor | Output:
+        mixed = self.mixer(self.norm1(x), state, lengths=lengths, want=want, mask=mask)
         x = x + self.dropout(mixed.y if want else mixed)
-        if self.mlp is None or self.norm2 is None:
-            return mixed._replace(y=x) if want else x
-        fed = self.mlp(self.norm2(x), lengths=lengths, want=want)
-        x = x + self.dropout(fed.y if want else fed)
+        looked = fed = Output(x)
+        if self.cross is not None and self.norm_cross is not None:
+            looked = self.cross(self.norm_cross(x), held, lengths=source_lengths, mask=memory_mask, want=want)
+            x = x + self.dropout(looked.y if want else looked)
+        if self.mlp is not None and self.norm2 is not None:
+            fed = self.mlp(self.norm2(x), lengths=lengths, want=want)
+            x = x + self.dropout(fed.y if want else fed)
         if not want:
             return x
-        return Output(x, mixed.state, {**mixed.losses, **fed.losses}, {**mixed.record, **fed.record}, fed.means)
+        return Output(x, mixed.state, {**mixed.losses, **fed.losses}, {**mixed.record, **looked.record, **fed.record}, fed.means)
 
     def program(self, p: Program, x: Value, state: State) -> None:
         """One token; x is changed in place."""
         without_dropout(self.dropout)
+        if self.cross is not None:
+            raise NotCompiled("cross-attention has no program")
         p.add(x, part(self.mixer).program(p, p.norm(self.norm1, x), state), onto=x)
         if self.mlp is not None and self.norm2 is not None:
             p.add(x, part(self.mlp).program(p, p.norm(self.norm2, x)), onto=x)
+
+
+class Encoded(NamedTuple):
+    """A source as the blocks hold it."""
+
+    layers: Sequence[Mapping[str, Tensor]]
+    lengths: Tensor | None  # (B,); None: all of the source is real
+    record: Mapping[str, list[Any]] = {}
+
+    def state(self, batch_size: int) -> State:
+        k = self.layers[0]["k"]
+        length = torch.full((batch_size,), k.shape[1], device=k.device) if self.lengths is None else self.lengths
+        return {"length": length, "layers": list(self.layers)}
 
 
 class Stack(SequenceModel):
@@ -67,9 +109,11 @@ class Stack(SequenceModel):
     `pattern` says which one each layer has; either repeats until n_layers, which must be a multiple. feed_forward: called as
     feed_forward(d_model=d_model) once per layer; None: an MLP of width d_ff, where None means 4 d_model, and 0 no MLP. dropout: on the
     embedding and both branches of a block. position: "learned" adds a table of max_len rows; "gate" and "rotate" project the embedding and
-    let the place act on it (lab/layers/rotary.py), with max_len as a limit, None for none; "none" has no positions and no limit. A sequence
-    beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square. tied: the head shares its
-    weights with the embedding, and has no bias."""
+    let the place act on it, "sinusoidal" adds fixed waves (lab/layers/rotary.py), "rope" and "alibi" are the business of the mixers that
+    take a `position`, of attention (lab/mixers/attention.py); all of these with max_len as a limit, None for none; "none" has no positions
+    and no limit. A sequence beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square.
+    tied: the head shares its weights with the embedding, and has no bias; head=False: none, the model ends with its norm. encoder: a model
+    of the source without a head; each block then has cross-attention to it, called as cross(d_model=d_model, d_source=encoder.d_model)."""
 
     def __init__(
         self,
@@ -86,6 +130,9 @@ class Stack(SequenceModel):
         tied: bool = False,
         norm_eps: float = 1e-5,
         feed_forward: Callable[..., FeedForward] | None = None,
+        head: bool = True,
+        encoder: SequenceModel | None = None,
+        cross: Callable[..., CrossAttention] | None = None,
     ) -> None:
         super().__init__()
         check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
@@ -105,6 +152,10 @@ class Stack(SequenceModel):
             raise ValueError(f"Stack: norm_eps={norm_eps} must be above 0")
         if position == "learned" and max_len is None:
             raise ValueError('Stack: position="learned" needs max_len, the rows of the table; position="none" works without')
+        if (encoder is None) != (cross is None):
+            raise ValueError("Stack: encoder and cross belong together: what encodes the source, and how the blocks attend to it")
+        if encoder is not None and encoder.loss_names:
+            raise ValueError(f"Stack: an encoder with auxiliary losses ({', '.join(encoder.loss_names)}) cannot be trained here")
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.d_model = d_model
@@ -114,13 +165,27 @@ class Stack(SequenceModel):
         self.dropout = nn.Dropout(dropout)
         makes, make_norm = per_layer(mixer, pattern, n_layers), partial(NORMS[norm], eps=norm_eps)
         feed = feed_forward or (None if d_ff == 0 else partial(MLP, d_ff=4 * d_model if d_ff is None else d_ff))
-        mixers = [make(d_model=d_model, **({"layer": i} if takes_layer(make) else {})) for i, make in enumerate(makes)]
+        options: list[dict[str, Any]] = [{"layer": i} if takes(make, "layer") else {} for i, make in enumerate(makes)]
+        if position in OF_MIXER:
+            options = [of | ({"position": position} if takes(make, "position") else {}) for of, make in zip(options, makes, strict=True)]
+            if not any("position" in of for of in options):
+                raise ValueError(f"Stack: position={position} is for mixers that take a position, such as attention, and here is none")
+        self.encoder = encoder
+        self.takes_source = encoder is not None
         self.blocks = nn.ModuleList(
-            Block(d_model, mixer, None if feed is None else feed(d_model=d_model), dropout, make_norm) for mixer in mixers
+            Block(
+                d_model,
+                make(d_model=d_model, **of),
+                None if feed is None else feed(d_model=d_model),
+                dropout,
+                make_norm,
+                None if encoder is None or cross is None else cross(d_model=d_model, d_source=encoder.d_model),
+            )
+            for make, of in zip(makes, options, strict=True)
         )
         self.norm = make_norm(d_model)
-        self.head = nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
-        if tied:
+        self.head = nn.Identity() if vocab_size is None or not head else nn.Linear(d_model, vocab_size, bias=not tied)
+        if tied and head:
             self.head.weight = self.embedding.weight
         self.causal = all(mixer.causal for mixer in self.mixers)
         layers: list[Mixer | FeedForward] = [*self.mixers, *self.feed_forwards]
@@ -136,38 +201,78 @@ class Stack(SequenceModel):
         source: Tensor | None = None,
         source_lengths: Tensor | None = None,
         want: tuple[str, ...] = (),
+        mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> Tensor | Output:
+        """As of every model. Masks are those of lab/mixers/masks.py, for stacks of attention: `mask` of the tokens among themselves,
+        `source_mask` of the encoder, `memory_mask` of the tokens to the source."""
         check_want(want)
         self.check_call(tokens, state, lengths, source)
+        encoded = None
+        if self.encoder is not None:
+            if state is None:
+                encoded = self.encode(len(tokens), source, source_lengths, source_mask, want)
+            else:
+                encoded = Encoded(state["source"]["layers"], state["source"]["length"])
         x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
         layers = [None] * len(self.blocks) if state is None else state["layers"]
         outputs = []
-        for block, before in zip(self.blocks, layers, strict=True):
+        for i, (block, before) in enumerate(zip(self.blocks, layers, strict=True)):
+            given: dict[str, Any] = {"lengths": lengths, "want": want, "mask": mask}
+            if encoded is not None:
+                given |= {"held": encoded.layers[i], "source_lengths": encoded.lengths, "memory_mask": memory_mask}
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                out = checkpoint(block, x, before, lengths=lengths, want=want, use_reentrant=False)
+                out = checkpoint(block, x, before, **given, use_reentrant=False)
             else:
-                out = block(x, before, lengths=lengths, want=want)
+                out = block(x, before, **given)
             x = out.y if want else out
             outputs.append(out)
         if "last" in want:
             x = last_real(x, lengths)
         logits = self.head(self.norm(x))
-        return Output(logits, *self.collect(outputs, tokens, state, lengths, want)) if want else logits
+        if not want:
+            return logits
+        after, losses, record, means = self.collect(outputs, tokens, state, lengths, want)
+        if encoded is not None:
+            record |= {f"encoder_{name}": layers for name, layers in encoded.record.items()}
+            if after is not None:
+                after["source"] = encoded.state(len(tokens))
+        return Output(logits, after, losses, record, means)
+
+    def encode(
+        self, batch_size: int, source: Tensor | None, lengths: Tensor | None, mask: Tensor | None = None, want: tuple[str, ...] = ()
+    ) -> Encoded:
+        """What the blocks hold of a source (B, S) with its lengths (B,)."""
+        assert self.encoder is not None
+        if source is None:
+            raise ValueError(f"{type(self).__name__} translates a source: it needs one, (B, S), or a state that holds one")
+        if not recording() and len(source) != batch_size:
+            raise ValueError(f"{type(self).__name__}: the source has {len(source)} rows, expected {batch_size}")
+        looks: tuple[str, ...] = ("record",) if "record" in want else ()
+        out = self.encoder(source, lengths=lengths, want=looks, **({} if mask is None else {"mask": mask}))
+        memory, record = (out.y, out.record) if looks else (out, {})
+        layers = [cast(CrossAttention, block.cross).hold(memory) for block in self.blocks]
+        return Encoded(layers, None if lengths is None else lengths.to(memory.device, torch.long), record)
 
     def embed(self, tokens: Tensor, state: State, lengths: Tensor | None, checked: bool) -> Tensor:
         """tokens (B, L), or floats (B, L, D) where there is no vocabulary -> (B, L, D)"""
         x = looked_up(self.embedding, tokens, type(self).__name__)
-        if self.position is None:
+        if self.position is None and self.max_len is None:
             return x
         L = tokens.shape[1]
         if state is None:
             if not recording():
                 self.check_length(L, "the sequence")
+            if self.position is None:  # of the mixers
+                return x
             if isinstance(self.position, Embedding):
                 return x + self.position.weight[:L]
             return self.position(x, torch.arange(L, device=tokens.device))
         if not checked and not recording() and self.max_len is not None:  # generate has checked: reading a position back stalls a GPU
             self.check_length(int((state["position"] + (L if lengths is None else lengths)).max()), "the state with the new tokens")
+        if self.position is None:
+            return x
         offset = torch.arange(L, device=tokens.device)
         place = state["position"][:, None] + offset
         if not isinstance(self.position, Embedding):
@@ -204,13 +309,21 @@ class Stack(SequenceModel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        self.check_no_source(source)
         position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)
-        return {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
+        state = {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
+        if self.encoder is None:
+            self.check_no_source(source)
+        else:
+            state["source"] = self.encode(batch_size, source, source_lengths).state(batch_size)
+        return state
 
     def reserve(self, state: State, n: int) -> State:
         layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
         return state | {"layers": layers}
+
+    def check_no_source(self, source: Tensor | None) -> None:
+        if self.encoder is None:
+            super().check_no_source(source)
 
     def program(self, p: Program, state: State) -> Value:
         if isinstance(self.embedding, nn.Identity):
@@ -237,7 +350,7 @@ class Stack(SequenceModel):
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
 
 
-def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | None:
+def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | Sinusoidal | None:
     match kind:
         case "learned":
             return Embedding(cast(int, max_len), d_model)
@@ -245,12 +358,14 @@ def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | 
             return Gate(d_model)
         case "rotate":
             return Rotate(d_model)
+        case "sinusoidal":
+            return Sinusoidal(d_model)
     return None
 
 
-def takes_layer(make: Callable[..., Mixer]) -> bool:
-    """Whether a mixer is made for its number in the stack; not one to which another number was given."""
-    return "layer" in inspect.signature(make).parameters and "layer" not in getattr(make, "keywords", {})
+def takes(make: Callable[..., Mixer], name: str) -> bool:
+    """Whether a mixer is made with an argument of this name, `layer` or `position`, that the stack knows; not where it was given one."""
+    return name in inspect.signature(make).parameters and name not in getattr(make, "keywords", {})
 
 
 def per_layer(mixer: Any, pattern: Sequence[str] | None, n_layers: int) -> list[Callable[..., Mixer]]:

@@ -63,6 +63,7 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
     try:
         experiment = Experiment(**{**config, **built})
         check_causal(experiment.model, experiment.task, config["model"])
+        check_source(experiment.model, experiment.task)
         _ = experiment.weights, experiment.max_steps if to_train else None
         force_ops(experiment.ops, trust)
     except ValueError as error:
@@ -83,6 +84,17 @@ def check_causal(model: SequenceModel, task: Task, node: Any) -> None:
         keys = [key for key, value in places(node, ("model",)) if key[-1] == "bidirectional" and value is True]
         problem = f"the model reads the future, and task {type(task).__name__} predicts the next token"
         raise MistakeError(keys[0] if keys else ("model",), f"{problem}; it must be false" if keys else problem, suspects=keys)
+
+
+def check_source(model: SequenceModel, task: Task) -> None:
+    """MistakeError for a decoder on batches with a source, or for an encoder-decoder on batches without."""
+    if model.takes_source == (task.start_token is not None):
+        return
+    if model.takes_source:
+        problem = "the model is an encoder-decoder, and the task gives it no source; task.source=true does, where a task has it"
+    else:
+        problem = "the task has a source, and the model is a decoder that takes none; model=transformer_seq2seq does"
+    raise MistakeError(("task", "source") if task.start_token is not None else ("model",), problem)
 
 
 def build_node(name: str, node: Any, trust: list[str] | None) -> Any:
