@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 import torch
+
+from lab.sweeps import pool
 
 TINY = (
     "model.d_model=16", "model.n_layers=1", "model.mixer.n_heads=2", "model.dropout=0.1", "model.mixer.dropout=0.0",
@@ -112,6 +120,39 @@ def command(tmp_path):
         )
 
     return call
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """in_process("lab-train", *words) is `command` without the ten seconds that a process takes to import torch, in the current folder;
+    the jobs of a sweep run the same way, one after the other. Printed lines go to capsys."""
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=_Job, DEVNULL=subprocess.DEVNULL))
+
+    def call(name: str, *words: str) -> int:
+        main = importlib.import_module(f"lab.cli.{name.removeprefix('lab-')}").main
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as errors they are for the tests, not for the user
+            try:
+                return main(list(words))
+            except SystemExit as end:  # of argparse
+                return int(end.code or 0)
+
+    _Job.call = staticmethod(call)
+    return call
+
+
+class _Job:
+    """What the pool of a sweep asks of a process, of one that has ended already."""
+
+    call: Callable[..., int]
+
+    def __init__(self, words: list[str], stdout: IO[bytes], **settings: object) -> None:
+        self.pid = os.getpid()
+        with open(stdout.name, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            self.returncode = self.call(words[2].rpartition(".")[2], *words[3:])
+
+    def poll(self) -> int:
+        return self.returncode
 
 
 def rows(run_path) -> list[dict]:

@@ -71,7 +71,7 @@ def is_variant(words: list[str], document: Path) -> bool:
     [pytest.param(path, marks=[pytest.mark.slow] if path.name in SLOW else []) for path in DOCUMENTS],
     ids=lambda path: path.name,
 )
-def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
+def test_a_document_runs(document, tmp_path, monkeypatch, in_process, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -83,14 +83,14 @@ def test_a_document_runs(document, tmp_path, monkeypatch, command, capsys):
         copy.write_text(file.read_text())
     try:
         for block in blocks(document):
-            run(block, tmp_path, command, capsys, document)
+            run(block, tmp_path, in_process, capsys, document)
     finally:
         for name in set(sys.modules) - before:
             if not hasattr(sys.modules[name], "__file__") or str(sys.modules[name].__file__).startswith(str(tmp_path)):
                 del sys.modules[name]
 
 
-def run(block: Block, folder: Path, command, capsys, document: Path) -> None:
+def run(block: Block, folder: Path, in_process, capsys, document: Path) -> None:
     if block.file:
         (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
         (folder / block.file).write_text(block.text)
@@ -102,8 +102,9 @@ def run(block: Block, folder: Path, command, capsys, document: Path) -> None:
             elif words and words[0] == "lab-compare":
                 comparison.read([word for word in words[1:] if not word.startswith("--")])
             elif words:
-                done = command(*short(words), cwd=folder)
-                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+                code = in_process(*short(words))
+                said = capsys.readouterr()
+                assert code == 0, f"{line}\n{said.out}\n{said.err}"
     elif block.kind == "python":
         capsys.readouterr()
         exec(compile(block.text, block.text.splitlines()[0], "exec"), {"__name__": "document"})
@@ -120,10 +121,9 @@ def test_there_is_something_to_run():
     assert count["bash"] >= 5 and count["python"] >= 8 and count["yaml"] >= 3, count
 
 
-def test_the_mistake_is_quoted_as_it_is_printed(command):
+def test_the_mistake_is_quoted_as_it_is_printed(in_process, capsys):
     line, sentence = re.search(r"^\$ (lab-train .*)\n(lab-train: .*)$", README, re.MULTILINE).groups()
-    done = command(*shlex.split(line))
-    assert done.returncode == 2 and done.stderr.strip() == sentence
+    assert in_process(*shlex.split(line)) == 2 and capsys.readouterr().err.strip() == sentence
 
 
 @pytest.mark.parametrize("name", ["quickstart", "test"])

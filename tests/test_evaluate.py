@@ -49,12 +49,11 @@ def test_evaluation_writes_one_schema(run):
     assert (run.path / "eval" / "val-last.json").exists()
 
 
-def test_the_command_says_that_a_run_is_not_finished(run, command):
+def test_the_command_says_that_a_run_is_not_finished(run, in_process, capsys):
     run.write_job("interrupted", reason="SIGTERM")
-    done = command("lab-eval", "run")
-    assert done.returncode == 0, done.stderr
-    assert "exact_match_free" in done.stdout and "length 8" in done.stdout
-    assert "the run is not finished, it is interrupted" in done.stdout
+    assert in_process("lab-eval", "run") == 0
+    said = capsys.readouterr().out
+    assert "exact_match_free" in said and "length 8" in said and "the run is not finished, it is interrupted" in said
 
 
 def test_longer_inputs_are_scored_where_the_model_takes_them(tiny):

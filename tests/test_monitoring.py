@@ -219,6 +219,7 @@ def test_attention_of_long_inputs_does_not_fill_the_memory(tiny, monkeypatch, ca
     assert read_snapshot("run", "attention", 0)["attention"].shape == (2, 2, n, n)
 
 
+@pytest.mark.slow
 def test_two_processes_look_once(tmp_path, command):
     words = [*TINY, *WATCHED, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=4", "run_dir=run"]
     done = command("lab-train", *words)

@@ -316,7 +316,7 @@ def trained(source, tmp_path, monkeypatch):
     return train(compose([*WORDS, f"task.source={source}"]))
 
 
-def test_a_run_reports_bits_per_byte(trained, source, command):
+def test_a_run_reports_bits_per_byte(trained, source, in_process, capsys):
     logged = json.loads((trained.path / "metrics.json").read_text())
     assert set(logged["metrics"]) == {"loss", "ce_loss", "bits_per_byte", "token_accuracy"}
     assert logged["metrics"]["bits_per_byte"] == pytest.approx(logged["metrics"]["ce_loss"] / math.log(2))
@@ -325,8 +325,9 @@ def test_a_run_reports_bits_per_byte(trained, source, command):
     assert {"train/bits_per_byte", "val/bits_per_byte"} <= {name for row in rows for name in row}
     assert not any("exact_match" in name for row in rows for name in row)
 
-    done = command("lab-eval", "run", "task.eval_lengths=[1,2]", "task.eval_stride=8")
-    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    assert in_process("lab-eval", "run", "task.eval_lengths=[1,2]", "task.eval_stride=8") == 0
+    said = capsys.readouterr().out
     result = json.loads((trained.path / "eval" / "test-best.json").read_text())
     task = StandardLibrary(source=str(source))
     assert result["references"] == task.references("test")
@@ -334,7 +335,7 @@ def test_a_run_reports_bits_per_byte(trained, source, command):
     assert result["data"] == {**task.facts(), "scored_bytes": n, "context": 32, "stride": 8}
     assert result["by_length"]["64"] == "not applicable (max_len 32)"
     for text in ("bits_per_byte", "gzip_9 (no model)", f"{result['references']['gzip_9']:.4f}", f"scored_bytes {n}, context 32, stride 8"):
-        assert text in done.stdout
+        assert text in said
 
 
 def test_it_learns_more_than_frequencies(source, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
         torch.testing.assert_close(weights(Run("two"))[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_fails_on_one_rank_stops_all_with_its_sentence(ragged, command):
     """Rank 1 meets the bad weights first; the run's own process says where they are."""
     (ragged / "poison.py").write_text(
