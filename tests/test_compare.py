@@ -108,6 +108,8 @@ FIRST, SECOND = "test/exact_match, model: mamba, scale", "over: attention, at_le
         ("mamba:\n", "mamba: [seed=3]\n", "models.mamba (tiny.yaml:5): seed is not of a model: it is the same for all of them"),
         ("mamba:\n", "mamba: model=mamba\n",
          "models.mamba (tiny.yaml:5): expected a list of words as of lab-train, such as [model=mamba], got 'model=mamba'"),
+        ("mamba:\n", "mamba: [model=mamba, task.seq_len=32]\n",
+         "models.mamba (tiny.yaml:5): its task.seq_len is 32, and 16 of attention"),
         ("seeds: 2", "seeds: [1, 1]", "seeds (tiny.yaml:6): expected a list of different seeds, or how many, got [1, 1]"),
         ("claim:", "clam:", "expect.0.clam (tiny.yaml:8): there is no such key; did you mean claim?"),
         (FIRST, FIRST.replace("match", "macth"),

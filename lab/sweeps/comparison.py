@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lab.config.overrides import SHELL
 from lab.files import write_json
 from lab.sweeps.multirun import OF_A_RUN, Sweep
 from lab.tasks import Task
-from lab.training.experiment import build_node
+from lab.training.experiment import Experiment, build_node
 
 OPTIONS = ("models", "seeds", "n_jobs", "threads")  # words of lab-compare itself
 
@@ -102,31 +102,37 @@ def read(words: Sequence[str]) -> Comparison:
     file that can be known before a model is built."""
     file, shared, own = _sort(words)
     tree, layer = _load(file)
-    check(compose(shared))  # a mistake in what all have in common is not one of a model
     with saying_where([layer]):
         models, seeds = _models(tree), _seeds(tree)
         expectations = parse(tree.get("expect", []), list(models))
-        chosen = _chosen(own, models)
+        chosen, seeds = _chosen(own, models), _integers("seeds", own["seeds"]) if "seeds" in own else seeds
+        n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
+        check(compose(shared))  # a mistake in what all have in common is not one of a model
         tasks = {name: _task(name, models[name], shared) for name in chosen}
         for index, expectation in enumerate(expectations):
             for name in (expectation.model, expectation.over):
                 if name in tasks:
                     _check_score(("expect", index), expectation, tasks[name])
+        first = next(iter(tasks.values()))
+        for name, task in tasks.items():
+            if task.seq_len != first.seq_len:
+                raise MistakeError(
+                    ("models", name), f"its task.seq_len is {task.seq_len}, that of {chosen[0]} {first.seq_len}; one is compared"
+                )
     lengths = {task.seq_len * scale for task in tasks.values() for scale in (1, *task.eval_lengths)}
-    first = next(iter(tasks.values()))
     metrics = list(dict.fromkeys(expectation.metric for expectation in expectations)) or [f"test/{[*first.metrics, 'ce_loss'][0]}"]
     return Comparison(
         name=files.experiment_name(file).rpartition("/")[2],
         words=list(words),
         shared=shared,
         models={name: models[name] for name in chosen},
-        seeds=_integers("seeds", own["seeds"]) if "seeds" in own else seeds,
+        seeds=seeds,
         expectations=expectations,
         lengths=sorted(lengths),
         metrics=metrics,
         seq_len=first.seq_len,
-        n_jobs=_positive("n_jobs", own.get("n_jobs", "1")),
-        threads=_positive("threads", own["threads"]) if "threads" in own else None,
+        n_jobs=n_jobs,
+        threads=threads,
     )
 
 
@@ -156,7 +162,7 @@ def _sort(words: Sequence[str]) -> tuple[Path, list[str], dict[str, str]]:
 
 def _load(file: Path) -> tuple[dict[str, Any], Layer]:
     content: Any = OmegaConf.to_container(files.load(file), resolve=False)
-    layer, known = Layer(files.show(file), content, files.lines(file)), [*COMPARISON, *compose([]).config, "defaults"]
+    layer, known = Layer(files.show(file), content, files.lines(file)), [*COMPARISON, *(f.name for f in fields(Experiment)), "defaults"]
     with saying_where([layer]):
         for key in content:
             if key not in known:
