@@ -116,9 +116,7 @@ def read(words: Sequence[str]) -> Comparison:
         first = next(iter(tasks.values()))
         for name, task in tasks.items():
             if task.seq_len != first.seq_len:
-                raise MistakeError(
-                    ("models", name), f"its task.seq_len is {task.seq_len}, that of {chosen[0]} {first.seq_len}; one is compared"
-                )
+                raise MistakeError(("models", name), f"its task.seq_len is {task.seq_len}, and {first.seq_len} of {chosen[0]}")
     lengths = {task.seq_len * scale for task in tasks.values() for scale in (1, *task.eval_lengths)}
     metrics = list(dict.fromkeys(expectation.metric for expectation in expectations)) or [f"test/{[*first.metrics, 'ce_loss'][0]}"]
     return Comparison(
