@@ -8,11 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from lab.analysis.metrics import TokenScores, by_value
-from lab.config import ConfigError
-from lab.tasks import MQAR, Batch, InContextRecall, InductionHeads, SelectiveCopy, TrainLoader
+from lab.config import ConfigError, compose
+from lab.tasks import (
+    MQAR,
+    Batch,
+    Compression,
+    CopyReverse,
+    Digits,
+    FuzzyRecall,
+    InContextRecall,
+    InductionHeads,
+    ListOps,
+    Memorization,
+    Parity,
+    SelectiveCopy,
+    Sorting,
+    TrainLoader,
+)
 from lab.tasks.base import IGNORE, distinct_integers
 from lab.tasks.synthetic import duplicates
 from lab.training.experiment import build_node
@@ -38,6 +52,45 @@ def selective(inputs, t):
     return [token for token in inputs[: asks[0]] if token][t - asks[0]]
 
 
+def fuzzy(inputs, t):
+    """Keys are 0 .. 4, values 5 .. 9: the key before the last run of value tokens, and its value the time before."""
+    start = t + 1
+    while inputs[start - 1] >= 5:
+        start -= 1
+    first = start
+    while first > 0 and inputs[first - 1] < 5:
+        first -= 1
+    key, done = inputs[first:start], inputs[start : t + 1]
+    for i in range(first):
+        if inputs[i : i + len(key)] == key and (i == 0 or inputs[i - 1] >= 5) and 5 <= inputs[i + len(key)] < 10:
+            assert inputs[i + len(key) : i + len(key) + len(done)] == done
+            return inputs[i + len(key) + len(done)]
+    raise AssertionError("the key was not there before")
+
+
+def memorized(inputs, t):
+    return MEMORIZATION.values[inputs[t - 1]]
+
+
+def listops(inputs, t=None):
+    def value(tokens):
+        token = tokens.pop(0)
+        if token < 11:
+            return token - 1
+        arguments = []
+        while tokens[0] != 15:
+            arguments.append(value(tokens))
+        tokens.pop(0)
+        return {11: min, 12: max, 13: lambda v: int(np.median(v)), 14: lambda v: sum(v) % 10}[token](arguments)
+
+    tokens = [token for token in inputs if token]
+    assert inputs == tokens + [0] * (len(inputs) - len(tokens)) and 8 < len(tokens) < 40
+    result = value(tokens)
+    assert not tokens
+    return result
+
+
+MEMORIZATION = Memorization(33, 8, **SIZES)
 TASKS = {  # a task, and what reads the answer at a scored place off the inputs
     "induction": (InductionHeads(10, 12, **SIZES), induction),
     "mqar": (MQAR(64, 16, 4, **SIZES), mqar),
@@ -46,6 +99,14 @@ TASKS = {  # a task, and what reads the answer at a scored place off the inputs
     "recall_noise": (InContextRecall(24, 24, noise=0.4, n_noise=8, **SIZES), recall),
     "recall_single": (InContextRecall(10, 20, multi_query=False, **SIZES), recall),
     "selective_copy": (SelectiveCopy(12, 20, 4, **SIZES), selective),
+    "fuzzy_recall": (FuzzyRecall(11, 36, 3, 2, **SIZES), fuzzy),
+    "memorization": (MEMORIZATION, memorized),
+    "compression": (Compression(8, 12, 8, 12, **SIZES), lambda inputs, t: inputs[t]),
+    "parity": (Parity(seq_len=20, **SIZES), lambda inputs, t: sum(inputs[: t + 1]) % 2),
+    "parity_last": (Parity(seq_len=20, running=False, **SIZES), lambda inputs, t: sum(inputs) % 2),
+    "sorting": (Sorting(20, 16, **SIZES), lambda inputs, t: sorted(inputs[: inputs.index(0)])[t - inputs.index(0)]),
+    "copy": (CopyReverse(20, 16, "copy", **SIZES), lambda inputs, t: inputs[t - inputs.index(2)]),
+    "listops": (ListOps(seq_len=40, min_len=8, max_depth=4, max_args=4, **SIZES), listops),
 }
 every_task = pytest.mark.parametrize("name", TASKS)
 
@@ -59,9 +120,17 @@ def predictions(batch: Batch, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1, 4])
 def test_the_answers_can_be_read_off_the_inputs(name, scale):
     task, solve = TASKS[name]
+    if task.n_classes is not None and scale > 1:
+        with pytest.raises(ConfigError, match="task.eval_lengths"):
+            task.split("val", scale)
+        return
     batch = task.split("val", scale).batch(range(40))
     assert batch.inputs.shape == (40, task.seq_len * scale) and batch.inputs.dtype == batch.targets.dtype == torch.int64
     assert 0 <= batch.inputs.min() and batch.inputs.max() < task.vocab_size
+    if batch.targets.ndim == 1:
+        assert [solve(row) for row in batch.inputs.tolist()] == batch.targets.tolist()
+        assert batch.lengths is None or batch.lengths.tolist() == (batch.inputs > 0).sum(1).tolist()
+        return
     scored = (batch.targets != IGNORE).nonzero().tolist()
     assert {row for row, _ in scored} == set(range(40))
     for row, t in scored:
@@ -86,10 +155,11 @@ def test_an_oracle_scores_one_and_uniform_logits_ln_v(name):
     task, _ = TASKS[name]
     n = task.n_classes or task.vocab_size
     batch = task.split("test").batch(range(40))
-    scores = TokenScores(task.seq_len, task.metrics, task.by, task.n_classes)
+    scores = TokenScores(task.seq_len, task.metrics, task.by, task.n_classes if task.n_answers == 1 else None)
     scores.update(predictions(batch, n), batch.targets, batch.by)
     result = scores.compute()
     assert all(result[metric] == 1 for metric in task.metrics)
+    assert ("confusion" in result) == (batch.targets.ndim == 1)
     for group in task.by:
         correct, scored = result[f"by_{group}"]
         assert torch.equal(correct, scored) and scored.sum() == (batch.targets != IGNORE).sum()
@@ -114,13 +184,13 @@ def test_the_loader_goes_on_where_it_was(name):
 def test_constant_answers_are_what_they_say(name):
     task, _ = TASKS[name]
     references = task.references("test")
+    assert "in validation: " in task.describe() and "in test: " in task.describe()
     train, test = (task.split(split).batch(range(n)).targets for split, n in (("train", 300), ("test", 40)))
     best = train[train != IGNORE].mode().values
     counts = torch.bincount(train[train != IGNORE].flatten())
     if (counts == counts.max()).sum() == 1:
         assert references["best constant"] == pytest.approx(float((test[test != IGNORE] == best).double().mean()))
     assert all(0 <= value < 0.9 for value in references.values())
-    assert "in validation: " in task.describe() and "in test: " in task.describe()
 
 
 def test_samples_of_two_splits_are_counted():
@@ -162,6 +232,14 @@ def test_accuracy_by_value():
         (lambda: InContextRecall(noise=0.5), "task.n_noise"),
         (lambda: InContextRecall(16, 24, n_noise=13), "two keys and two values beside 13 other"),
         (lambda: SelectiveCopy(seq_len=31), "task.seq_len must be at least 32"),
+        (lambda: FuzzyRecall(9, max_key=5), "task.max_key must be between 1 and 4"),
+        (lambda: Memorization(4), "task.vocab_size must be at least 5"),
+        (lambda: Compression(n_answers=31), "task.n_classes and n_answers"),
+        (lambda: Parity(3), "task.vocab_size must be 2"),
+        (lambda: Sorting(seq_len=5), "multiple of 2"),
+        (lambda: ListOps(max_args=1), "task.max_args"),
+        (lambda: ListOps(min_len=1996), "task.min_len"),
+        (lambda: Digits(n_classes=9), "task.n_classes must be 10"),
         (lambda: SelectiveCopy(reference={"S4": 0.183}), "task.reference: S4 must be"),
     ],
 )
@@ -170,13 +248,18 @@ def test_impossible_values_say_what_would_be_right(make, sentence):
         make()
 
 
-@pytest.mark.parametrize("file", [path.stem for path in CONFIGS.glob("*.yaml") if "reference:" in path.read_text()])
+GENERATED = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "splits are streams" in path.read_text())
+
+
+@pytest.mark.parametrize("file", GENERATED)
 def test_a_config_is_what_its_data_is(file):
-    node = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())
+    node = compose([f"task={file}"]).config["task"]
     task = build_node("task", node, None)
     batch = task.split("train").batch(range(4))
     assert batch.inputs.shape[1] == node["seq_len"] and batch.inputs.max() < node["vocab_size"]
-    assert task.reference and all("arXiv:" in entry["source"] or "http" in entry["source"] for entry in task.reference.values())
+    assert all("arXiv:" in entry["source"] for entry in task.reference.values())
+    if batch.lengths is not None:
+        assert node["min_len"] < int(batch.lengths.min()) and int(batch.lengths.max()) < node["seq_len"]
 
 
 def test_a_wrong_reference_names_its_key():

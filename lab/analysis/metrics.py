@@ -141,7 +141,7 @@ class Evaluation(nn.Module):
 
     def __init__(self, task: Task, model: SequenceModel, free_samples: int, scale: int = 1) -> None:
         super().__init__()
-        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, task.n_classes)
+        self.tokens = TokenScores(task.seq_len * scale, task.metrics, task.by, task.n_classes if task.n_answers == 1 else None)
         self.losses: Mapping[str, MeanMetric] = nn.ModuleDict({name: MeanMetric() for name in model.loss_names})  # type: ignore[assignment]
         self.means = TokenMeans(model.mean_shapes)
         self.free = MeanMetric()
@@ -169,6 +169,8 @@ class Evaluation(nn.Module):
         metrics = self.tokens.compute()
         # reshape: torchmetrics turns a tensor of one element into a scalar
         by_position = [None if value != value else value for value in metrics.pop("by_position").reshape(-1).tolist()]
+        while by_position and by_position[-1] is None:  # an answer alone is shorter than task.seq_len
+            by_position.pop()
         tables: dict[str, Any] = {"by_position": [] if self.tokens.classes else by_position}
         for name in self.tokens.by:
             correct, scored = metrics.pop(f"by_{name}").tolist()

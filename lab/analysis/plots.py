@@ -45,9 +45,10 @@ def plot_delimiter_wave(
     return save(delimiter_wave(read_snapshot(logdir, "phases", step), layer, sample), output)
 
 
-def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None) -> Plot:
-    """The attention weights of the first sample in the snapshot nearest to `step` (None: the last one): a row for each layer."""
-    return save(attention_maps(read_snapshot(logdir, "attention", step)), output)
+def plot_attention(logdir: RunPath, step: int | None = None, output: RunPath | None = None, kind: str = "attention") -> Plot:
+    """The attention weights of the first sample in the snapshot nearest to `step` (None: the last one): a row for each layer. kind: also
+    cross_attention (to the source) and encoder_attention, of an encoder-decoder."""
+    return save(attention_maps(read_snapshot(logdir, "attention", step), kind), output)
 
 
 def plot_history(
@@ -130,46 +131,46 @@ def delimiter_wave(snapshot: Mapping[str, np.ndarray], layer: int | None = None,
     return figure
 
 
-def layer_numbers(snapshot: Mapping[str, np.ndarray], n_layers: int) -> list[int]:
+def layer_numbers(snapshot: Mapping[str, np.ndarray], n_layers: int, key: str = "layers") -> list[int]:
     """The layers of a snapshot by their numbers in the model; one of an older version has all of the model's."""
-    return [int(i) for i in snapshot.get("layers", np.arange(n_layers))]
+    return [int(i) for i in snapshot.get(key, np.arange(n_layers))]
 
 
-def attention_maps(snapshot: Mapping[str, np.ndarray]) -> Plot:
+def attention_maps(snapshot: Mapping[str, np.ndarray], kind: str = "attention") -> Plot:
     """A row of maps for each layer, one for each head, queries downwards and keys to the right. The colour is the root of the weight."""
-    weights = snapshot["attention"].astype(np.float32)  # (layers, H, L, L)
-    n_layers, heads, length, _ = weights.shape
-    gap = max(1, length // 16)
-    weights = np.where(np.tri(length, dtype=bool), weights, np.nan)  # the future stays blank
+    if kind not in snapshot:
+        raise RunError(f"the snapshot has no {kind}, which an encoder-decoder records")
+    weights = snapshot[kind].astype(np.float32)  # (layers, H, queries, keys)
+    n_layers, heads, queries, keys = weights.shape
+    gap = max(1, max(queries, keys) // 16)
+    future = np.triu(np.ones((queries, keys), dtype=bool), 1)
+    if kind == "attention" and not weights[..., future].any():
+        weights = np.where(future, np.nan, weights)  # the future stays blank
     mosaic = np.pad(weights, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
-    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(n_layers * (length + gap), heads * (length + gap))[:-gap, :-gap]
-    first = np.arange(max(n_layers, heads)) * (length + gap)  # of each map, in pixels
+    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(n_layers * (queries + gap), heads * (keys + gap))[:-gap, :-gap]
+    left, top = np.arange(heads) * (keys + gap), np.arange(n_layers) * (queries + gap)  # of each map, in pixels
 
     width, height = 1.15 * heads, 1.15 * n_layers  # inches
     figure = Plot(figsize=(width + 1.7, height + 0.95), dpi=100)
     axes, bar_axes = (
-        figure.add_axes((left / (width + 1.7), 0.55 / (height + 0.95), wide / (width + 1.7), height / (height + 0.95)))
-        for left, wide in ((0.75, width), (width + 0.85, 0.12))
+        figure.add_axes((x / (width + 1.7), 0.55 / (height + 0.95), wide / (width + 1.7), height / (height + 0.95)))
+        for x, wide in ((0.75, width), (width + 0.85, 0.12))
     )
     image = axes.imshow(mosaic**0.5, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    axes.set_xticks(first[:heads] + (length - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
-    axes.set_yticks(
-        first[:n_layers] + (length - 1) / 2,
-        [f"layer {layer}" for layer in layer_numbers(snapshot, n_layers)],
-        size=SIZE,
-        rotation=90,
-        va="center",
-    )
+    axes.set_xticks(left + (keys - 1) / 2, [f"head {head}" for head in range(heads)], size=SIZE)
+    numbers = layer_numbers(snapshot, n_layers, "layers" if kind == "attention" else f"{kind}_layers")
+    axes.set_yticks(top + (queries - 1) / 2, [f"layer {layer}" for layer in numbers], size=SIZE, rotation=90, va="center")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"key s, 0 to {length - 1} in each map", size=SIZE)
-    axes.set_ylabel("query t", size=SIZE)
+    what = "key" if kind == "attention" else "token of the source"
+    axes.set_xlabel(f"{what} s, 0 to {keys - 1} in each map", size=SIZE)
+    axes.set_ylabel("query t" if kind != "encoder_attention" else "token t of the source", size=SIZE)
     prompt_len, title = int(snapshot["prompt_len"]), f"step {int(snapshot['step']):,}"
-    if 0 < prompt_len <= length:
-        for row in first[:n_layers]:
-            axes.vlines(first[:heads] + prompt_len - 1, row - 0.5, row + length - 0.5, color="crimson", linewidth=0.5)
-        for column in first[:heads]:
-            axes.hlines(first[:n_layers] + prompt_len - 1, column - 0.5, column + length - 0.5, color="crimson", linewidth=0.5)
+    if kind == "attention" and 1 < prompt_len <= queries:
+        for row in top:
+            axes.vlines(left + prompt_len - 1, row - 0.5, row + queries - 0.5, color="crimson", linewidth=0.5)
+        for column in left:
+            axes.hlines(top + prompt_len - 1, column - 0.5, column + keys - 0.5, color="crimson", linewidth=0.5)
         title += "; red lines: the delimiter"
     ticks = np.array([0, 0.1, 0.25, 0.5, 1])
     bar = figure.colorbar(image, cax=bar_axes)

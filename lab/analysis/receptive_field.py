@@ -73,6 +73,8 @@ def summary(model: SequenceModel) -> str | None:
     """One line about a model with Serriform layers, None about another."""
     if not any(isinstance(module, Serriform) for module in model.modules()) or not isinstance(model.embedding, nn.Embedding):
         return None
+    if model.n_classes is not None:  # a pooled head sees the whole input
+        return None
     said, lives = [], half_lives(model)
     if (tokens := by_convolution(model)) > 1:
         said.append(f"{tokens:,} tokens by convolution")

@@ -3,6 +3,8 @@ or `experts`.
 
 phases      step, tokens (B, L), lengths (B,), prompt_len, theta (layers, B, L, H), omega and kappa (layers, H), r (layers, B, L)
 attention   step, tokens (L,), prompt_len, attention (layers, H, L, L) in float16: of the first sample, without its padding
+            of an encoder-decoder also cross_attention (layers, H, L, S), encoder_attention (layers, H, S, S), source (S,), and of each of
+            the two its layers, such as cross_attention_layers
             both: layers, their numbers in the model
 
 state_spaces    step; of the first sample's tokens, up to 512 of them: tokens (L,), labels (L,) as text, text whether the task is one,

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lab.cli import Parser, check_target, holds_weights, run, starting
 
@@ -25,9 +25,11 @@ examples:
   lab-generate runs/text --prompt-file start.txt --stop-token 10      a text ends at its first newline, if its tokens are bytes
   lab-generate runs/mine --prompt "5 9 3 2" --prompt "7 2"            two prompts at once, their answers when both are done
   lab-generate runs/mine checkpoint=last --prompt "5 9 3 2"           the last checkpoint in place of the best one
+  lab-generate runs/mine --beams 4 --prompt "5 9 3 2"                 beam search: of the four best answers the first
   lab-generate path/to/weights --prompt "Once upon a time"            public weights (config.json, model.safetensors, tokenizer.json)
 
 Only what is new is printed, not the prompt. Without --temperature each token is the most probable one (greedy).
+Of an encoder-decoder the prompt is the source, and what is printed its answer.
 """
 
 
@@ -48,6 +50,8 @@ def _parser() -> Parser:
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: greedy (default); 1: as the model was trained")
     parser.add_argument("--top-k", metavar="K", type=int, help="sample from the K most probable tokens")
     parser.add_argument("--top-p", metavar="P", type=float, help="sample from the fewest tokens with probability P together")
+    parser.add_argument("--beams", metavar="N", type=int, default=1, help="beam search of this width; 1: greedy (default)")
+    parser.add_argument("--length-penalty", metavar="A", type=float, default=0.0, help="of beams: log-probability / tokens^A (default 0)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling: the same seed, the same text (default 0)")
     parser.add_argument("--stop-token", metavar="ID", type=int, help="the token id at which a text ends; default: that of public weights")
     parser.add_argument("--trust", metavar="PREFIX", action="append", default=[], help="a module of yours that the run may call")
@@ -69,6 +73,12 @@ def _main(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{word}: of a run, only checkpoint=best or checkpoint=last can be chosen; what is sampled, by --options")
     if not arguments.temperature and (arguments.top_k is not None or arguments.top_p is not None):
         raise ConfigError("--top-k and --top-p choose among tokens that are sampled: they need a --temperature above 0")
+    if arguments.beams < 1:
+        raise ConfigError(f"--beams must be at least 1, got {arguments.beams}")
+    if arguments.beams > 1 and arguments.temperature:
+        raise ConfigError("--beams searches and --temperature samples: choose one")
+    if arguments.length_penalty and arguments.beams == 1:
+        raise ConfigError("--length-penalty is of a beam search: it needs --beams above 1")
     if not 0 <= arguments.seed < 2**64:
         raise ConfigError(f"--seed must lie in 0 to 2^64 - 1, got {arguments.seed}")
     texts = [*arguments.prompt, *map(_read, arguments.prompt_file)]
@@ -90,13 +100,15 @@ def _main(arguments: argparse.Namespace) -> None:
             arguments.stop_token = task.stop_token
     else:
         model, task, _ = load(arguments.target, checkpoint, arguments.trust)
+    if model.n_classes is not None:
+        raise ConfigError(f"{arguments.target}: its model is a classifier, which answers once for a whole input; lab-eval scores it")
     if not model.causal:
         raise ConfigError(f"{arguments.target}: its model reads the future, so it cannot go on from a prompt")
     prompts = [_tokens(text, task, model) for text in texts]
     if arguments.stop_token is not None and not 0 <= arguments.stop_token < task.vocab_size:
         raise ConfigError(f"--stop-token {arguments.stop_token}: the tokens of {_name(task)} are 0 to {task.vocab_size - 1}")
     try:
-        new = _continue(model, prompts, arguments)
+        new = _continue(model, prompts, getattr(task, "start_token", None), arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if len(prompts) == 1:
@@ -137,12 +149,21 @@ def _tokens(text: str, task: Task | FolderTokens, model: SequenceModel) -> list[
     return tokens
 
 
-def _continue(model: SequenceModel, prompts: list[list[int]], arguments: argparse.Namespace) -> Iterator[list[int | None]]:
-    """For each step the new token of each prompt, None after it has stopped. ValueError, at the call, for what cannot be."""
+def _continue(
+    model: SequenceModel, prompts: list[list[int]], start_token: int | None, arguments: argparse.Namespace
+) -> Iterator[list[int | None]]:
+    """For each step the new token of each prompt, None after it has stopped. ValueError, at the call, for what cannot be. start_token:
+    the prompts are sources, and their answers begin with it."""
     import torch
+
+    from lab.models import beam_search
 
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    given: dict[str, Any] = {}
+    if start_token is not None:
+        given = {"source": tokens, "source_lengths": lengths}
+        tokens, lengths = torch.full((len(prompts), 1), start_token), torch.ones_like(lengths)
     n = arguments.max_new_tokens
     if model.max_len is not None:
         room = model.max_len - int(lengths.max()) + 1  # the last new token is never fed back
@@ -153,9 +174,22 @@ def _continue(model: SequenceModel, prompts: list[list[int]], arguments: argpars
             )
     if n is None:
         n = LONGEST if model.max_len is None else min(LONGEST, room)
+    given |= {"lengths": lengths if len(prompts) > 1 else None}
+    if arguments.beams > 1:
+        found = beam_search(
+            model,
+            tokens,
+            n,
+            arguments.beams,
+            length_penalty=arguments.length_penalty,
+            stop_token=arguments.stop_token,
+            pad_token=-1,
+            **given,
+        )
+        return ([token if token >= 0 else None for token in step.tolist()] for step in found.tokens[:, 0].unbind(1))
     steps = model.stream(
         tokens, n, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, stop_token=arguments.stop_token,
-        pad_token=-1, lengths=lengths if len(prompts) > 1 else None, generator=torch.Generator().manual_seed(arguments.seed),
+        pad_token=-1, generator=torch.Generator().manual_seed(arguments.seed), **given,
     )  # fmt: skip
     return ([token if token >= 0 else None for token in step.tolist()] for step in steps)
 

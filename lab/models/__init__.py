@@ -1,6 +1,7 @@
 """Models: tokens -> logits, through the one interface of `SequenceModel`."""
 
 from lab.models.base import SequenceModel, evaluating, initialise
+from lab.models.beam_search import Beams, beam_search
 from lab.models.create import create_model
 from lab.models.laminar import Laminar, LaminarNet, LaminarNetConfig
 from lab.models.serriform import SerriformNet
@@ -8,6 +9,6 @@ from lab.models.stack import Block, Stack
 from lab.models.transformer import TransformerDecoderLayer, TransformerEncoderLayer, TransformerModel
 
 __all__ = [
-    "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "SerriformNet", "Stack", "TransformerDecoderLayer",
-    "TransformerEncoderLayer", "TransformerModel", "create_model", "evaluating", "initialise",
+    "Beams", "Block", "Laminar", "LaminarNet", "LaminarNetConfig", "SequenceModel", "SerriformNet", "Stack", "TransformerDecoderLayer",
+    "TransformerEncoderLayer", "TransformerModel", "beam_search", "create_model", "evaluating", "initialise",
 ]  # fmt: skip

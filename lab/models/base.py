@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lab.layers.embedding import check_tokens
 from lab.mixers.base import Output, State
+from lab.models.beam_search import beam_search
 from lab.models.decoding import decode
 from lab.models.sampling import check_sampling, choose
 from lab.ops.backend import recording
@@ -31,6 +32,8 @@ class SequenceModel(nn.Module, ABC):
     mean_shapes: Mapping[str, tuple[int, ...]] = {}  # of Output.means, which comes with the losses
     takes_source: bool = False  # True: an encoder-decoder, which needs a source
     causal: bool = True  # False: logits depend on later tokens too, so there is no state, no step and no generation
+    n_classes: int | None = None  # logits (B, C) for a whole input, by a pooled head; None: (B, L, V)
+    n_answers: int = 1  # more: logits (B, n_answers, C)
     activation_checkpointing: bool = False  # training recomputes each block in the backward pass: less memory, more time
     blocks: nn.ModuleList  # what gets compiled and checkpointed, one by one
     embedding: nn.Module  # of tokens; nn.Identity in a model without a vocabulary
@@ -126,6 +129,8 @@ class SequenceModel(nn.Module, ABC):
         lengths: Tensor | None = ...,
         source: Tensor | None = ...,
         source_lengths: Tensor | None = ...,
+        beams: int = ...,
+        length_penalty: float = ...,
         generator: torch.Generator | None = ...,
         streaming: Literal[False] = ...,
     ) -> Tensor: ...
@@ -143,6 +148,8 @@ class SequenceModel(nn.Module, ABC):
         lengths: Tensor | None = ...,
         source: Tensor | None = ...,
         source_lengths: Tensor | None = ...,
+        beams: int = ...,
+        length_penalty: float = ...,
         generator: torch.Generator | None = ...,
         streaming: Literal[True],
     ) -> Iterator[Tensor]: ...
@@ -159,6 +166,8 @@ class SequenceModel(nn.Module, ABC):
         lengths: Tensor | None = None,
         source: Tensor | None = None,
         source_lengths: Tensor | None = None,
+        beams: int = 1,
+        length_penalty: float = 0.0,
         generator: torch.Generator | None = None,
         streaming: bool = False,
     ) -> Tensor | Iterator[Tensor]:
@@ -168,24 +177,25 @@ class SequenceModel(nn.Module, ABC):
         smallest set with probability top_p. lengths (B,): prompts of unequal length, right-padded; the new tokens of a row stand right
         after its own prompt, the rest of the row is pad_token. After stop_token a row goes on with pad_token, and generation ends when
         all rows have stopped. source (B, S): what an encoder-decoder model translates; the prompt is then how the answer begins, mostly a
-        start token. The mode of the module is the caller's: call model.eval() first, or dropout stays on.
+        start token. beams above 1: the best continuation that a beam search of that width finds, by its log-probability over
+        n^length_penalty of its n new tokens (lab/models/beam_search.py, which also gives the others). The mode
+        of the module is the caller's: call model.eval() first, or dropout stays on.
         """
-        tokens = self.stream(
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_token=stop_token,
-            pad_token=pad_token,
-            lengths=lengths,
-            source=source,
-            source_lengths=source_lengths,
-            generator=generator,
-        )
-        if streaming:
-            return tokens
-        new = list(tokens)
+        end: dict[str, Any] = {"stop_token": stop_token, "pad_token": pad_token}
+        given: dict[str, Any] = {"lengths": lengths, "source": source, "source_lengths": source_lengths}
+        new: Sequence[Tensor]
+        if beams == 1:
+            tokens = self.stream(
+                prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **end, **given
+            )
+            if streaming:
+                return tokens
+            new = list(tokens)
+        else:
+            if temperature or streaming:
+                raise ValueError("generate: a beam search samples nothing and is not known before its end: temperature 0, no streaming")
+            found = beam_search(self, prompt, max_new_tokens, beams, length_penalty=length_penalty, **end, **given)
+            new = found.tokens[:, 0].unbind(1)
         out = torch.cat([prompt, prompt.new_full((len(prompt), len(new)), pad_token)], dim=1)
         if lengths is None:
             lengths = torch.full((len(prompt),), prompt.shape[1], device=prompt.device)
@@ -211,12 +221,7 @@ class SequenceModel(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of `generate` as they come, each (B,). Arguments are checked at the call, not at the first token."""
-        check_sampling(prompt, max_new_tokens, temperature, top_k, top_p, lengths)
-        if max_new_tokens:  # the last new token is never fed back
-            longest = prompt.shape[1] if lengths is None else int(lengths.max())
-            self.check_length(longest + max_new_tokens - 1, "the prompt with max_new_tokens")
-        if max_new_tokens and source is None and self.takes_source:
-            raise ValueError(f"{type(self).__name__}: generate needs a source, the tokens (B, S) that the encoder reads")
+        self.check_generation(prompt, max_new_tokens, temperature, top_k, top_p, lengths, source)
         given = {"lengths": lengths, "source": source, "source_lengths": source_lengths}
         return self._stream(prompt, max_new_tokens, temperature, top_k, top_p, stop_token, pad_token, given, generator)
 
@@ -246,6 +251,23 @@ class SequenceModel(nn.Module, ABC):
             stopped = stopped | (token == stop_token)
             if bool(stopped.all()):
                 return
+
+    def check_generation(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        lengths: Tensor | None,
+        source: Tensor | None,
+    ) -> None:
+        check_sampling(prompt, max_new_tokens, temperature, top_k, top_p, lengths)
+        if max_new_tokens:  # the last new token is never fed back
+            longest = prompt.shape[1] if lengths is None else int(lengths.max())
+            self.check_length(longest + max_new_tokens - 1, "the prompt with max_new_tokens")
+        if source is None and self.takes_source:
+            raise ValueError(f"{type(self).__name__}: generate needs a source, the tokens (B, S) that the encoder reads")
 
     def check_call(self, tokens: Tensor, state: State, lengths: Tensor | None, source: Tensor | None) -> None:
         """ValueError for arguments of `forward` that cannot be, by their shapes and types; nothing that stalls a GPU."""
@@ -282,6 +304,14 @@ def check_lengths(lengths: Tensor, tokens: Tensor, owner: str) -> None:
 def last_real(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (B, L, D) -> (B, 1, D), of each row's last real token."""
     return x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1, None]
+
+
+def mean_real(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, L, D) -> (B, D), over the real tokens of each row; 0 where there is none."""
+    if lengths is None:
+        return x.mean(1)
+    real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return x.masked_fill(~real[:, :, None], 0).sum(1) / lengths.clamp(min=1)[:, None]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 With `lab.mixers.Attention` this is the decoder-only Transformer, with `lab.mixers.Lattice` the lattice oscillator transformer (LOT), with
 `lab.mixers.MambaLayer`, no MLP and RMS norms Mamba, with `lab.mixers.Serriform` and positions that gate SerriformNet. Layers may have
 different mixers. With an encoder, another model of tokens, it is the decoder of an encoder-decoder: each block attends to the source.
+With n_classes the head reads the whole input at once, (B, C): a classifier.
 B = batch, L = length, S = tokens of the source, D = d_model, V = vocab_size. State: {"position": (B,), "layers": [state of each mixer]},
 with an encoder also "source": {"length": (B,), "layers": [k and v (B, S, H, d) of each cross-attention]}, which stay as they are.
 Record: lists over the layers, with those of the encoder as encoder_attention and the like.
@@ -24,10 +25,11 @@ from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate, Sinusoidal
 from lab.layers.embedding import looked_up
 from lab.mixers import CrossAttention
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
-from lab.models.base import SequenceModel, last_real
+from lab.models.base import SequenceModel, last_real, mean_real
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
+POOLS = ("mean", "last")
 Position = Literal["learned", "sinusoidal", "rope", "alibi", "none", "gate", "rotate"]
 OF_MIXER = ("rope", "alibi")  # positions that a mixer takes as its argument `position`
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -113,7 +115,9 @@ class Stack(SequenceModel):
     take a `position`, of attention (lab/mixers/attention.py); all of these with max_len as a limit, None for none; "none" has no positions
     and no limit. A sequence beyond the limit is an error. norm: "layer" or "rms"; norm_eps is added to the variance or the mean square.
     tied: the head shares its weights with the embedding, and has no bias; head=False: none, the model ends with its norm. encoder: a model
-    of the source without a head; each block then has cross-attention to it, called as cross(d_model=d_model, d_source=encoder.d_model)."""
+    of the source without a head; each block then has cross-attention to it, called as cross(d_model=d_model, d_source=encoder.d_model).
+    n_classes: a head of its own weights, logits (B, C) from the mean, or the last, of the real tokens, by `pool`; n_answers > 1: (B,
+    n_answers, C), from the same vector. Such a model has no state, no step and no generation."""
 
     def __init__(
         self,
@@ -133,6 +137,9 @@ class Stack(SequenceModel):
         head: bool = True,
         encoder: SequenceModel | None = None,
         cross: Callable[..., CrossAttention] | None = None,
+        n_classes: int | None = None,
+        pool: Literal["mean", "last"] = "mean",
+        n_answers: int = 1,
     ) -> None:
         super().__init__()
         check_at_least("Stack", 1, d_model=d_model, n_layers=n_layers)
@@ -156,6 +163,13 @@ class Stack(SequenceModel):
             raise ValueError("Stack: encoder and cross belong together: what encodes the source, and how the blocks attend to it")
         if encoder is not None and encoder.loss_names:
             raise ValueError(f"Stack: an encoder with auxiliary losses ({', '.join(encoder.loss_names)}) cannot be trained here")
+        check_at_least("Stack", 1, n_answers=n_answers)
+        if n_classes is not None:
+            check_at_least("Stack", 1, n_classes=n_classes)
+        if n_classes is not None and (not head or encoder is not None):
+            raise ValueError("Stack: n_classes is a head of its own, for a model without an encoder of a source")
+        if pool not in POOLS:
+            raise ValueError(f"Stack: pool={pool!r}; expected {' or '.join(POOLS)}")
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.d_model = d_model
@@ -184,10 +198,11 @@ class Stack(SequenceModel):
             for make, of in zip(makes, options, strict=True)
         )
         self.norm = make_norm(d_model)
-        self.head = nn.Identity() if vocab_size is None or not head else nn.Linear(d_model, vocab_size, bias=not tied)
-        if tied and head:
+        self.n_classes, self.n_answers, self.pool = n_classes, n_answers, pool
+        self.head = _head(d_model, vocab_size if head else None, n_classes and n_classes * n_answers, tied)
+        if tied and head and n_classes is None:
             self.head.weight = self.embedding.weight
-        self.causal = all(mixer.causal for mixer in self.mixers)
+        self.causal = n_classes is None and all(mixer.causal for mixer in self.mixers)
         layers: list[Mixer | FeedForward] = [*self.mixers, *self.feed_forwards]
         self.loss_names = tuple(dict.fromkeys(name for layer in layers for name in layer.loss_names))
         self.mean_shapes = {name: (n_layers, *shape) for layer in self.feed_forwards[:1] for name, shape in layer.mean_shapes().items()}
@@ -209,6 +224,8 @@ class Stack(SequenceModel):
         `source_mask` of the encoder, `memory_mask` of the tokens to the source."""
         check_want(want)
         self.check_call(tokens, state, lengths, source)
+        if state is not None or "state" in want:
+            self.check_states()
         encoded = None
         if self.encoder is not None:
             if state is None:
@@ -228,9 +245,14 @@ class Stack(SequenceModel):
                 out = block(x, before, **given)
             x = out.y if want else out
             outputs.append(out)
-        if "last" in want:
+        if "last" in want and self.n_classes is None:
             x = last_real(x, lengths)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        if self.n_classes is not None:
+            x = mean_real(x, lengths) if self.pool == "mean" else last_real(x, lengths)[:, 0]
+        logits = self.head(x)
+        if self.n_classes is not None and self.n_answers > 1:
+            logits = logits.unflatten(-1, (self.n_answers, self.n_classes))
         if not want:
             return logits
         after, losses, record, means = self.collect(outputs, tokens, state, lengths, want)
@@ -309,6 +331,7 @@ class Stack(SequenceModel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
+        self.check_states()
         position = torch.zeros(batch_size, dtype=torch.long, device=device or next(self.parameters()).device)
         state = {"position": position, "layers": [mixer.init_state(batch_size, device, dtype) for mixer in self.mixers]}
         if self.encoder is None:
@@ -316,6 +339,10 @@ class Stack(SequenceModel):
         else:
             state["source"] = self.encode(batch_size, source, source_lengths).state(batch_size)
         return state
+
+    def check_states(self) -> None:
+        if self.n_classes is not None:
+            raise NotImplementedError("a Stack with n_classes answers once for a whole input: it has no state, no step and no generation")
 
     def reserve(self, state: State, n: int) -> State:
         layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
@@ -348,6 +375,12 @@ class Stack(SequenceModel):
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
+
+
+def _head(d_model: int, vocab_size: int | None, answers: int | None, tied: bool) -> nn.Module:
+    if answers is not None:
+        return nn.Linear(d_model, answers)
+    return nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
 
 
 def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | Sinusoidal | None:

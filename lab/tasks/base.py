@@ -17,7 +17,8 @@ SPLITS = ("train", "val", "test")
 
 
 class Batch(NamedTuple):
-    """Right-padded rows. inputs (B, L) int64; targets (B, L) int64 with -100 where nothing is scored, or (B,) for classification."""
+    """Right-padded rows. inputs (B, L) int64; targets (B, L) int64 with -100 where nothing is scored, or, of classes, (B,) or
+    (B, n_answers)."""
 
     inputs: Tensor
     targets: Tensor
@@ -67,6 +68,7 @@ class Task(ABC):
     vocab_size: int
     seq_len: int
     n_classes: int | None = None  # of a whole input; None: the task is to predict tokens
+    n_answers: int = 1  # with n_classes, how many a whole input has: targets (B,), or (B, n_answers)
     next_token: bool = True  # whether targets are the tokens to come, which a model that reads the future would copy
     prompt_len: int | None = None  # tokens given before free-running decoding at scale 1; None: the task has no such score
     start_token: int | None = None  # where the prompt is the source of an encoder-decoder: what an answer begins with; None: no source

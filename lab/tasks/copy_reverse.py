@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from lab.tasks.base import IGNORE, SPLITS, Batch, Indices, Split, Task, random_integers, with_source
+from lab.tasks.synthetic import constant_answers
 
 START, DELIMITER, FIRST = 1, 2, 3
 
@@ -67,6 +68,9 @@ class CopyReverse(Task):
 
     def split(self, name: str, scale: int = 1) -> CopyReverseSplit:
         return CopyReverseSplit(self, name, self.prefix_len * scale)
+
+    def references(self, split: str) -> dict[str, float]:
+        return constant_answers(self.split("train"), self.split(split))
 
     def describe(self) -> str:
         """Counts the prefixes of validation and test that training has as well: at tiny sizes there are only so many."""

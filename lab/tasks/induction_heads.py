@@ -27,6 +27,7 @@ SPECIAL = 0
 
 
 class InductionHeads(Synthetic):
+    next_token = False  # an answer is not among the inputs
     by = ("distance",)
 
     def __init__(

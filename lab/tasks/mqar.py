@@ -26,6 +26,7 @@ from lab.tasks.synthetic import Draw, Synthetic
 class MQAR(Synthetic):
     """n_pairs: how many, or a list of which each row has one; accuracy is reported by it."""
 
+    next_token = False  # an answer is not among the inputs
     by = ("distance", "pairs")
 
     def __init__(

@@ -54,6 +54,7 @@ class InContextRecall(Synthetic):
             )
         if seq_len % 2 or seq_len < 4:
             raise ValueError(f"task.seq_len must be even and at least 4 (a pair and a query), got {seq_len}")
+        self.next_token = multi_query  # whose answers follow in the inputs
         self.multi_query, self.noise, self.n_noise, self.n_keys, self.n_symbols = multi_query, noise, n_noise, symbols // 2, symbols
         super().__init__(vocab_size, seq_len, n_train, n_val, n_test, seed, eval_lengths, reference)
 

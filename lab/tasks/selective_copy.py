@@ -27,6 +27,7 @@ BLANK = 0
 
 
 class SelectiveCopy(Synthetic):
+    next_token = False  # an answer is not among the inputs
     by = ("distance",)
 
     def __init__(

@@ -57,7 +57,7 @@ class Synthetic(Task):
         return SyntheticSplit(self, name, self.seq_len * scale)
 
     def references(self, split: str) -> dict[str, float]:
-        return constant_answers(self.split("train"), self.split(split), self.metrics[0])
+        return constant_answers(self.split("train"), self.split(split))
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.vocab_size} tokens; {duplicates(self)}"
@@ -116,10 +116,10 @@ def duplicates(task: Task) -> str:
     return f"{searched} also {', '.join(shared)}"
 
 
-def constant_answers(train: Split, scored: Split, metric: str) -> dict[str, float]:
+def constant_answers(train: Split, scored: Split) -> dict[str, float]:
     """The scores of the two best answers that do not look at the input: the same one everywhere, and the same one at each position.
 
-    Both are the most frequent ones in the first training rows. metric: whether the score counts tokens or rows.
+    Both are the most frequent ones in the first training rows; the scores are of tokens, or of classes.
     """
     places, targets = _answers(train, range(min(len(train), FITTED)))
     values, counts = np.unique(targets, return_counts=True)

@@ -62,6 +62,7 @@ def prepare(config: Mapping[str, Any], trust: list[str] | None = None, to_train:
     built = {name: build_node(name, config[name], trust) for name in ("task", "trainer", "optimizer", "model")}
     try:
         experiment = Experiment(**{**config, **built})
+        check_head(experiment.model, experiment.task, config["model"])
         check_causal(experiment.model, experiment.task, config["model"])
         check_source(experiment.model, experiment.task)
         _ = experiment.weights, experiment.max_steps if to_train else None
@@ -76,6 +77,25 @@ def force_ops(choices: Mapping[str, str], trust: list[str] | None) -> None:
     """The backends of a config's `ops`, for this process; what was used before is forgotten."""
     ops.force({op: own_backend(op, name, trust) if "." in name else name for op, name in choices.items()})
     ops.forget()
+
+
+def check_head(model: SequenceModel, task: Task, node: Any) -> None:
+    """MistakeError for a model that classifies where the task predicts tokens, the other way round, or with another number of classes."""
+    name, wanted = type(task).__name__, task.n_classes
+    if wanted is None and model.n_classes is not None:
+        problem = f"task {name} predicts tokens, and the model has a pooled head of {model.n_classes} classes; it must be null"
+        raise MistakeError(("model", "n_classes"), problem)
+    if wanted is not None and "n_classes" not in node:
+        problem = (
+            f"task {name} has {wanted} classes, and {type(model).__name__} has no pooled head; the models of lab.models.Stack have one"
+        )
+        raise MistakeError(("model",), problem)
+    if model.n_classes != wanted:
+        has = "predicts tokens" if model.n_classes is None else f"has {model.n_classes}"
+        raise MistakeError(("model", "n_classes"), f"task {name} has {wanted} classes, and the model {has}; it must be {wanted}")
+    if wanted is not None and model.n_answers != task.n_answers:
+        problem = f"task {name} has {task.n_answers} answers, and the model {model.n_answers}; it must be {task.n_answers}"
+        raise MistakeError(("model", "n_answers"), problem)
 
 
 def check_causal(model: SequenceModel, task: Task, node: Any) -> None:

@@ -14,6 +14,7 @@ The names begin with watch_, so that TensorBoard, which sorts its groups, shows 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from lab.training.loggers import log_figure, log_histograms
 Record = Mapping[str, list[Tensor | None]]  # by name, a tensor for each layer, None where the layer does not record it
 LIMIT = 1 << 28  # bytes of one pass's record, of what grows with the length
 PROBE = 16  # tokens of the first pass, on one row, which shows what a model records
+MAPS = ("attention", "cross_attention", "encoder_attention")  # attention weights in a record
 CHANNELS = 16  # of each state space in a snapshot, evenly spaced in the order of their dt
 TOKENS = 512  # of the first row in a snapshot of state spaces; as many lags of a kernel
 
@@ -62,6 +64,10 @@ class Monitor(pl.Callback):
         if trainer.is_global_zero and self.is_due(trainer):
             look(trainer, pl_module, self)
 
+    def sees(self, names: frozenset[str]) -> bool:
+        """Whether a record of these names has what there is to show."""
+        return self.needs <= names
+
     def is_due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
         return self.interval is not None and self.looked != step and (step % self.interval == 0 or step == trainer.max_steps)
@@ -80,6 +86,12 @@ class Monitor(pl.Callback):
         assert self.batch is not None
         return torch.arange(self.batch.inputs.shape[1]) < self.lengths()[:, None]
 
+    def source_lengths(self) -> Tensor:
+        """(B,) real tokens of each sample's source"""
+        assert self.batch is not None and self.batch.source is not None
+        B, S = self.batch.source.shape
+        return torch.full((B,), S) if self.batch.source_lengths is None else self.batch.source_lengths.cpu()
+
 
 def look(trainer: pl.Trainer, module: Any, first: Monitor) -> None:
     """One pass for `first` and for every other callback that is due and looks at the same rows."""
@@ -90,7 +102,7 @@ def look(trainer: pl.Trainer, module: Any, first: Monitor) -> None:
             batch, names = rows_to_watch(trainer, module, first.samples)
             for monitor in due:
                 monitor.batch = batch
-                if not monitor.needs <= names:
+                if not monitor.sees(names):
                     monitor.interval = None
             due = [monitor for monitor in due if monitor.interval is not None]
         if not due:
@@ -110,7 +122,7 @@ def rows_to_watch(trainer: pl.Trainer, module: Any, samples: int) -> tuple[Batch
     longest = max(L, 0 if batch.source is None else batch.source.shape[1])
     probe = record_of(trainer, module.model, cut(batch, 1, PROBE)._replace(lengths=None, source_lengths=None))
     longer = longest / min(longest, PROBE)
-    pairs = longer**2 * bytes_of(probe, "attention")  # of a row
+    pairs = longer**2 * bytes_of(probe, *MAPS)  # of a row
     each = longer * bytes_of(probe, "dt", "kernel")
     if B * (pairs + each) > LIMIT:
         B = max(1, int(LIMIT / (pairs + each)))
@@ -188,11 +200,15 @@ class Attention(Monitor):
     """Attention weights: the entropy of each head in nats (mean over real tokens; 0: one token gets all of the weight).
 
     To the loggers: that number, and a histogram of it over tokens. maps=True also stores the weights of the first sample in
-    RUN/attention/ (lab/analysis/snapshots.py) and shows them as a picture.
+    RUN/attention/ (lab/analysis/snapshots.py) and shows them as a picture. Of an encoder-decoder the same of the attention to the source
+    and of the encoder, as watch_cross_attention and watch_encoder_attention.
     """
 
     kind = "attention"
-    needs = frozenset(("attention",))
+    needs = frozenset(MAPS)
+
+    def sees(self, names: frozenset[str]) -> bool:
+        return bool(self.needs & names)
 
     def __init__(self, interval: int | None = 200, samples: int = 4, maps: bool = False) -> None:
         super().__init__(interval, samples)
@@ -200,29 +216,35 @@ class Attention(Monitor):
 
     def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
         assert self.batch is not None
-        step, loggers, real = trainer.global_step, trainer.loggers, self.real()
-        maps = layers_of(record, "attention")
-        entropies = {i: torch.special.entr(weights).sum(-1).movedim(1, -1)[real] for i, weights in maps.items()}  # (tokens, H)
-        scalars = {
-            f"watch_attention/entropy_layer_{i}_head_{h}": value
-            for i, entropy in entropies.items()
-            for h, value in enumerate(entropy.mean(0).tolist())
-        }
-        for logger in loggers:
-            logger.log_metrics(scalars, step)
-        log_histograms(loggers, {f"watch_attention/entropy_layer_{i}": entropy for i, entropy in entropies.items()}, step)
+        step, loggers, real, n = trainer.global_step, trainer.loggers, self.real(), int(self.lengths()[0])
+        arrays: dict[str, Any] = {"tokens": self.batch.inputs[0, :n].cpu().numpy(), "prompt_len": np.int64(task.prompt_len or 0)}
+        if self.batch.source is not None:
+            S = int(self.source_lengths()[0])
+            arrays["source"] = self.batch.source[0, :S].cpu().numpy()
+        for kind in (kind for kind in MAPS if kind in record):
+            maps, rows, columns = layers_of(record, kind), n, n
+            if kind != "attention":
+                columns = S
+            if kind == "encoder_attention":
+                rows, real = S, torch.arange(self.batch.source.shape[1]) < self.source_lengths()[:, None]  # type: ignore[union-attr]
+            entropies = {i: torch.special.entr(weights).sum(-1).movedim(1, -1)[real] for i, weights in maps.items()}  # (tokens, H)
+            scalars = {
+                f"watch_{kind}/entropy_layer_{i}_head_{h}": value
+                for i, entropy in entropies.items()
+                for h, value in enumerate(entropy.mean(0).tolist())
+            }
+            for logger in loggers:
+                logger.log_metrics(scalars, step)
+            log_histograms(loggers, {f"watch_{kind}/entropy_layer_{i}": entropy for i, entropy in entropies.items()}, step)
+            arrays[kind] = stacked([weights[0, :, :rows, :columns] for weights in maps.values()]).astype(np.float16)
+            arrays["layers" if kind == "attention" else f"{kind}_layers"] = np.array(list(maps))
         if self.maps:
             from lab.analysis.plots import attention_maps
 
-            n = int(self.lengths()[0])
-            arrays = {
-                "tokens": self.batch.inputs[0, :n].cpu().numpy(),
-                "prompt_len": np.int64(task.prompt_len or 0),
-                "attention": stacked([weights[0, :, :n, :n] for weights in maps.values()]).astype(np.float16),
-                "layers": np.array(list(maps)),
-            }
             write_snapshot(trainer.default_root_dir, self.kind, step, **arrays)
-            log_figure(loggers, "watch_attention/maps", lambda: attention_maps(arrays | {"step": np.int64(step)}), step)
+            arrays["step"] = np.int64(step)
+            for kind in (kind for kind in MAPS if kind in arrays):
+                log_figure(loggers, f"watch_{kind}/maps", partial(attention_maps, arrays, kind), step)
 
 
 class StateSpaces(Monitor):
