@@ -38,10 +38,10 @@ def words(step, number=9, *more):
     ("number", "at", "workers", "code"),
     [
         (signal.SIGKILL, 8, 0, -9),  # between two checkpoints, in the second epoch
-        (signal.SIGKILL, 3, 2, -9),  # before the first checkpoint
-        (signal.SIGKILL, 11, 2, -9),
+        pytest.param(signal.SIGKILL, 3, 2, -9, marks=pytest.mark.slow),  # before the first checkpoint
+        pytest.param(signal.SIGKILL, 11, 2, -9, marks=pytest.mark.slow),
         (signal.SIGTERM, 7, 2, 143),
-        (signal.SIGINT, 5, 0, 130),  # a step before a validation: the save waits for it
+        pytest.param(signal.SIGINT, 5, 0, 130, marks=pytest.mark.slow),  # a step before a validation: the save waits for it
     ],
 )
 def test_a_killed_run_goes_on_bit_by_bit(killer, command, number, at, workers, code):
