@@ -3,7 +3,7 @@
 A block ```bash holds commands, one to a line; ```python, ```yaml or ```cpp a file, if its first line is a comment with a name, else a
 program. A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run
 elsewhere. The trainings of the pages in docs/models/ are composed and checked only, and so are the README's variants of one: each would
-take seconds to import torch, and other tests train what they name.
+take seconds to import torch, and other tests train what they name. So are all comparisons, which are several trainings each.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from lab.config import check, compose
+from lab.sweeps import comparison
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,8 +77,10 @@ def test_a_document_runs(document, tmp_path, monkeypatch, in_process, capsys):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
     (tmp_path / "experiments").mkdir()
-    for file in (ROOT / "experiments").glob("*.yaml"):  # the README names these files by the path that they have in a checkout
-        (tmp_path / "experiments" / file.name).write_text(file.read_text())
+    for file in (ROOT / "experiments").rglob("*.yaml"):  # the README names these files by the path that they have in a checkout
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(file.read_text())
     try:
         for block in blocks(document):
             run(block, tmp_path, in_process, capsys, document)
@@ -96,6 +99,8 @@ def run(block: Block, folder: Path, in_process, capsys, document: Path) -> None:
             words = shlex.split(line, comments=True)
             if words and words[0] == "lab-train" and (document.parent.name == "models" or is_variant(words, document)):
                 check(compose(words[1:]))
+            elif words and words[0] == "lab-compare":
+                comparison.read([word for word in words[1:] if not word.startswith("--")])
             elif words:
                 code = in_process(*short(words))
                 said = capsys.readouterr()

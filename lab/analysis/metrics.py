@@ -38,6 +38,11 @@ def run(model: SequenceModel, batch: Batch, state: State = None, *, want: tuple[
     return out
 
 
+def score_names(task: Task) -> list[str]:
+    """What every model is scored by on a task; a model may add its own."""
+    return ["ce_loss", *task.metrics, *(["exact_match_free"] if task.prompt_len is not None else [])]
+
+
 class TokenScores(Metric):
     """ce_loss (nats per scored token), those of SCORES that are asked for, and accuracy by position and by what else a batch says of its
     tokens; of classes, how often each was taken for which.

@@ -22,6 +22,8 @@ from lab.config.errors import ConfigError, nearest
 from lab.config.overrides import SHELL, Request, quote
 
 PRIMARY = "train"  # configs/train.yaml
+COMPARISON = ("models", "seeds", "expect")
+"""What an experiment that has `models` says to lab-compare alone; lab-train does not see it."""
 
 
 def choose(request: Request) -> tuple[list[tuple[Path, tuple[str, ...], Any]], dict[str, str]]:
@@ -77,6 +79,8 @@ class Library(ConfigRepository):
             raise ConfigError(f"defaults ({where}): {reason}; a line is of the form `override /model: lot`") from None
         if name.startswith("experiment/"):
             header["package"] = "_global_"  # whatever it says
+            for key in COMPARISON if "models" in config else ():
+                config.pop(key, None)
         elif header["package"] is None and re.search(r"(?m)^\s*#\s*@package\b", text):
             raise ConfigError(f"{where}: `# @package ...` must be the first line")
         for line in lines:

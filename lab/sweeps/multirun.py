@@ -129,7 +129,7 @@ class Sweep:
             self.known[tuple(own)] = Job(self.shared, list(own), composed)
         return self.known[tuple(own)]
 
-    def run(self, batch: Sequence[Sequence[str]], n_jobs: int) -> list[float]:
+    def run(self, batch: Sequence[Sequence[str]], n_jobs: int, threads: int | None = None) -> list[float]:
         """Runs the jobs, n_jobs at a time, those that are the same experiment once; the score of each, which a sweeper minimises."""
         jobs = [self.job(own) for own in batch]
         if not jobs:
@@ -138,7 +138,7 @@ class Sweep:
         if len(distinct) < len(jobs):
             print(f"{len(jobs)} jobs, of which {len(distinct)} are different experiments; those are run")
         self.begin(distinct)
-        Pool(n_jobs, Overview(len(distinct)), self.record).run(distinct)
+        Pool(n_jobs, Overview(len(distinct)), self.record, threads).run(distinct)
         return [job.score() for job in jobs]
 
     def __call__(self, config: DictConfig) -> float:

@@ -36,10 +36,11 @@ class Process:
 
 
 class Pool:
-    """Runs jobs, `n_jobs` at a time. record(job, reason) is called for each at its end; the reason is None unless it failed."""
+    """Runs jobs, `n_jobs` at a time. record(job, reason) is called for each at its end; the reason is None unless it failed.
+    threads: of each process."""
 
-    def __init__(self, n_jobs: int, overview: Overview, record: Callable[[Job, str | None], None]) -> None:
-        self.n_jobs, self.overview, self.record = n_jobs, overview, record
+    def __init__(self, n_jobs: int, overview: Overview, record: Callable[[Job, str | None], None], threads: int | None = None) -> None:
+        self.n_jobs, self.overview, self.record, self.threads = n_jobs, overview, record, threads
         self.processes: list[Process] = []
         self.left: list[Job] = []  # because another process is at them
         self.met: set[Path] = set()  # the folders of all jobs that another process was at
@@ -99,7 +100,7 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | environment(slot, self.n_jobs),
+                env=os.environ | environment(slot, self.n_jobs, self.threads),
                 start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we hand it on once
             )
         self.processes.append(Process(job, command[0], slot, start, popen))
@@ -153,10 +154,12 @@ class Pool:
         self.passed_on = len(self.received)
 
 
-def environment(slot: int, n_jobs: int) -> dict[str, str]:
-    """The share of the machine that one of `n_jobs` processes gets: threads, and GPUs where there are any."""
+def environment(slot: int, n_jobs: int, threads: int | None = None) -> dict[str, str]:
+    """The share of the machine that one of `n_jobs` processes gets: threads, as many as are told or fit, and GPUs where there are any."""
     share = {"PYTHONUNBUFFERED": "1"}  # the last line of a log is the last that was printed
-    if "OMP_NUM_THREADS" not in os.environ:
+    if threads is not None:
+        share["OMP_NUM_THREADS"] = str(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max(1, cores() // n_jobs))
     devices = gpus()
     if devices:

@@ -85,6 +85,7 @@ class Run:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self._writing = False
+        self._began = 0.0  # by time.monotonic: when this process began to train
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -133,13 +134,16 @@ class Run:
         return job
 
     def write_job(self, status: str, **more: Any) -> None:
+        """seconds: of training and its validations, over all processes that were at it, but for those that were killed."""
         path = self.path / "job.json"
         job = json.loads(path.read_text()) if path.exists() else {}
         if status == "running":
+            self._began = time.monotonic()
             began = {"started": job["started"], "resumed": now()} if job else {"started": now()}
-            job = began | {"pid": os.getpid(), "host": socket.gethostname()}
+            spent = {"seconds": job["seconds"]} if "seconds" in job else {}
+            job = began | {"pid": os.getpid(), "host": socket.gethostname()} | spent
         else:
-            job["ended"] = now()
+            job["ended"], job["seconds"] = now(), round(job.get("seconds", 0.0) + time.monotonic() - self._began, 1)
         write_json(path, job | {"status": status} | more)
 
     def write_config(self, composed: Composed) -> None:

@@ -1,0 +1,198 @@
+"""comparison.json, of what the runs of a comparison left in their folders, and its tables. It imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.analysis.expectations import Expectation, judge
+from lab.analysis.report import Report, best_validation, number, read
+from lab.analysis.statistics import METHOD, Estimate, estimate
+from lab.files import unlike
+from lab.training.provenance import now
+from lab.training.run import Run, RunError
+
+if TYPE_CHECKING:
+    from lab.sweeps.comparison import Comparison
+
+FILE = "comparison.json"
+
+
+def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """runs: {model, seed, words, folder, reason} of each; reason is why its process failed."""
+    found = [_run(run, comparison.seq_len) for run in runs]
+    lengths = {"val": [comparison.seq_len], "test": comparison.lengths}
+    summary = []
+    for model in comparison.models:
+        for metric in comparison.metrics:
+            for length in lengths[metric.partition("/")[0]]:
+                values = _values(found, model, metric, length)
+                if values:
+                    line = {"model": model, "metric": metric, "length": length, "seeds": list(values), "values": list(values.values())}
+                    summary.append(line | estimate(list(values.values()))._asdict())
+    return {
+        "name": comparison.name,
+        "command": shlex.join(["lab-compare", *comparison.words]),
+        "written": now(),
+        "method": METHOD,
+        "models": comparison.models,
+        "seeds": comparison.seeds,
+        "seq_len": comparison.seq_len,
+        "metrics": comparison.metrics,
+        "runs": found,
+        "summary": summary,
+        "expectations": [_judged(expectation, comparison, found) for expectation in comparison.expectations],
+    }
+
+
+def _run(run: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
+    """One run as its folder says. Scores are those of the best checkpoint by validation: `val` of itself, `test` by length."""
+    row, folder = read(run["folder"], reason=run["reason"]), Path(run["folder"])
+    val: dict[str, Any] = {}
+    with suppress(OSError):
+        val = {name.removeprefix("val/"): value for name, value in best_validation(folder).items() if name.startswith("val/")}
+    by_length: dict[str, Any] = {}
+    if row.status == "done" and row.test:
+        by_length = json.loads((folder / "eval" / "test-best.json").read_text()).get("by_length") or {str(seq_len): row.test}
+    return {
+        "model": run["model"],
+        "seed": run["seed"],
+        "folder": str(folder),
+        "command": shlex.join(["lab-train", *run["words"]]),
+        "status": row.status,
+        "reason": row.reason,
+        "step": row.step,
+        "params": row.params,
+        "seconds": _seconds(folder),
+        "code_version": row.code,
+        "references": row.references,
+        "val": val,
+        "test": by_length,
+    }
+
+
+def _seconds(folder: Path) -> float | None:
+    with suppress(RunError):
+        return Run(folder).job().get("seconds")
+    return None
+
+
+def _values(runs: Iterable[Mapping[str, Any]], model: str, metric: str, length: int) -> dict[int, float]:
+    """The score of each seed of a model, of the runs that are done and have it."""
+    split, _, name = metric.partition("/")
+    found = {}
+    for run in runs:
+        scores = run[split] if split == "val" else run[split].get(str(length), {})
+        if run["model"] == model and run["status"] == "done" and isinstance(scores, dict) and scores.get(name) is not None:
+            found[run["seed"]] = scores[name]
+    return found
+
+
+def _judged(expectation: Expectation, comparison: Comparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    length = expectation.input_length(comparison.seq_len)
+    names = [name for name in (expectation.model, expectation.over) if name]
+    scores = {name: _values(runs, name, expectation.metric, length) for name in names}
+    missing = {name: _why_missing(name, length, runs, comparison) for name in names}
+    verdict, found, why = judge(expectation, scores, missing)
+    given = {name: value for name, value in asdict(expectation).items() if value is not None} | {"length": length}
+    estimated = (found or Estimate(0, float("nan"), None, None))._asdict()
+    return given | {"text": str(expectation)} | estimated | {"values": scores, "verdict": verdict, "why": why}
+
+
+def _why_missing(model: str, length: int, runs: Iterable[Mapping[str, Any]], comparison: Comparison) -> str:
+    if model not in comparison.models:
+        return "it is left out"
+    mine = [run for run in runs if run["model"] == model]
+    done = [run for run in mine if run["status"] == "done"]
+    said = [run["test"].get(str(length)) for run in done]
+    words = next((text for text in said if isinstance(text, str)), None)
+    return words or ("not scored" if done else f"no run is done ({mine[0]['status']})")
+
+
+# ----------------------------------------------------------------------- tables
+
+
+def load(folder: str) -> dict[str, Any]:
+    """The comparison.json of a folder, or that file itself; RunError where there is none."""
+    path = Path(folder)
+    path = path / FILE if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such file; lab-compare FILE writes it") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}") from error
+    if wrong := unlike(found, {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str}):
+        raise RunError(f"{path} is not a comparison of lab: {wrong}")
+    return dict(found)
+
+
+def tables(found: Mapping[str, Any]) -> list[Report]:
+    """The runs, the models, and what was expected of them."""
+    return [_of_runs(found), _of_models(found), *([_of_expectations(found)] if found["expectations"] else [])]
+
+
+def unmet(found: Mapping[str, Any]) -> list[str]:
+    """The expectations that did not hold, or of which that cannot be told, as texts."""
+    return [f"{each['text']} ({each['verdict']})" for each in found["expectations"] if each["verdict"] != "held"]
+
+
+def interval(line: Mapping[str, Any]) -> str:
+    """0.981 [0.95, 1.01]; the mean alone where there is no interval."""
+    if not line["n"]:
+        return ""
+    if line["low"] is None:
+        return f"{line['mean']:.3f} (n 1)"
+    return f"{line['mean']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+
+
+def _of_runs(found: Mapping[str, Any]) -> Report:
+    rows = []
+    for run in found["runs"]:
+        row = {"model": run["model"], "seed": run["seed"], "status": run["status"], "step": run["step"], "seconds": run["seconds"]}
+        row |= {"val ce_loss": run["val"].get("ce_loss")}
+        for metric in found["metrics"]:
+            split, _, name = metric.partition("/")
+            scores = run["val"] if split == "val" else run["test"].get(str(found["seq_len"]), {})
+            row[f"{split} {name}"] = scores.get(name)
+        rows.append(row | {"reason": run["reason"]})
+    columns = [name for name in rows[0] if name != "reason" or any(row["reason"] for row in rows)]
+    return Report(columns, rows, [])
+
+
+def _of_models(found: Mapping[str, Any]) -> Report:
+    summary = found["summary"]
+    places = list(dict.fromkeys((metric, line["length"]) for metric in found["metrics"] for line in summary if line["metric"] == metric))
+    several = {metric for metric, length in places if length != found["seq_len"]}
+    rows = []
+    for model in found["models"]:
+        done = [run for run in found["runs"] if run["model"] == model and run["status"] == "done"]
+        seconds = [run["seconds"] for run in done if run["seconds"] is not None]
+        row: dict[str, Any] = {"model": model, "params": done[0]["params"] if done else None, "n": len(done)}
+        row["seconds a run"] = round(sum(seconds) / len(seconds)) if seconds else None
+        lines = {(line["metric"], line["length"]): line for line in summary if line["model"] == model}
+        for metric, length in places:
+            cell = interval(lines[metric, length]) if (metric, length) in lines else next(
+                (run["test"][str(length)].partition(" (")[0] for run in done if isinstance(run["test"].get(str(length)), str)), ""
+            )  # fmt: skip
+            row[f"{metric} at {length}" if metric in several else metric] = cell
+        rows.append(row)
+    references = {f"{name} {number(value)}" for run in found["runs"] for name, value in run["references"].items()}
+    notes = [found["method"] + "; scores of the checkpoint that validation chose; seconds of training"]
+    notes += [f"without a model: {', '.join(sorted(references))}"] if references else []
+    return Report(list(rows[0]), rows, notes)
+
+
+def _of_expectations(found: Mapping[str, Any]) -> Report:
+    rows = [
+        {"claim": each.get("claim") or "", "expected": each["text"], "found": interval(each), "n": each["n"], "verdict": each["verdict"]}
+        | {"why": each["why"] or "", "source": each["source"]}
+        for each in found["expectations"]
+    ]
+    columns = [name for name in rows[0] if name not in ("claim", "why") or any(row[name] for row in rows)]
+    return Report(columns, rows, ["held: all of the interval is within the bound; not held: all of it is beyond"])

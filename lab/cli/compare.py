@@ -1,0 +1,75 @@
+"""lab-compare: several models on one experiment, over seeds, and whether what was expected of them holds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from lab.cli import Parser, run, starting
+
+USAGE = "lab-compare FILE [KEY=VALUE ...] [--check] [--format rich|markdown]   or   lab-compare --show FOLDER"
+EXAMPLES = """\
+examples:
+  lab-compare experiments/repro/induction_heads.yaml              what its file says; the same command again does what is left
+  lab-compare experiment=repro/induction_heads                    the same by its name
+  lab-compare FILE n_jobs=2 threads=1                             two runs at a time, each with one thread
+  lab-compare FILE models=mamba,s4d seeds=1,2 trainer.max_steps=100
+                                                                  some of its models, these seeds, another value for all of them
+  lab-compare --show runs/comparisons/induction_heads_1a2b3c4d    the tables, of what is there by now
+
+Each run is a fresh lab-train, then lab-eval on the test split, of the checkpoint that validation chose. A run that fails is a row of the
+table, and the command then exits with 1. An expectation that does not hold is a result: with --check it makes the command exit with 1.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("lab-compare", lambda: _main(_parser().parse_intermixed_args(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lab-compare", usage=USAGE, description="Compare models over seeds.", epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="FILE, KEY=VALUE", help="a comparison; n_jobs, threads, models, seeds; lab-train's")
+    parser.add_argument("--show", metavar="FOLDER", help="print what a comparison has given, and run nothing")
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless every expectation holds")
+    parser.add_argument("--format", choices=["rich", "markdown"], default="rich", help="of the tables; rich if nothing says otherwise")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    with starting("lab-compare"):
+        from lab.analysis.comparison import load, tables, unmet
+        from lab.analysis.render import render, show
+        from lab.config import ConfigError
+        from lab.training.run import RunError
+
+    failed, end = 0, ""
+    if arguments.show is not None:
+        if arguments.words:
+            raise ConfigError(f"--show runs nothing: leave out {arguments.words[0]}")
+        found = load(arguments.show)
+    else:
+        with starting("lab-compare"):
+            from lab.sweeps.comparison import compare, read
+
+            comparison = read(arguments.words)
+        found, folder = compare(comparison)
+        failed = sum(run["status"] != "done" or run["reason"] is not None for run in found["runs"])
+        end = f"written to {folder}/comparison.json; lab-compare --show {folder} shows it again"
+    for report in tables(found):
+        if arguments.format == "rich":
+            show(report)
+        else:
+            print(render(report, "markdown"))
+    if end:
+        print(end)
+    if failed:
+        raise RunError(f"{failed} of {len(found['runs'])} runs are not done; the same command goes on with them")
+    if arguments.check and (missed := unmet(found)):
+        raise RunError(f"{len(missed)} of {len(found['expectations'])} expectations did not hold: {'; '.join(missed)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""A comparison: an experiment whose file says as well which models it is about, with which seeds, and what is expected of them.
+
+    models     name: [words of lab-train, ...]      or a list of names, each an option of the group `model`
+    seeds      a list, or how many, from 1 on
+    expect     a list of expectations (lab/analysis/expectations.py)
+
+Everything else in the file is the experiment that all models have in common. A run is `lab-train` with the words of its model and a
+seed, then `lab-eval` on the test split: a sweep, of which the pool, the folders, skipping and resuming are those of any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lab.analysis.comparison import FILE, document
+from lab.analysis.expectations import Expectation, parse
+from lab.analysis.metrics import score_names
+from lab.config import ConfigError, MistakeError, check, compose, files
+from lab.config.defaults import COMPARISON
+from lab.config.errors import hint
+from lab.config.layers import Layer, saying_where
+from lab.config.overrides import SHELL
+from lab.files import write_json
+from lab.sweeps.multirun import OF_A_RUN, Sweep
+from lab.tasks import Task
+from lab.training.experiment import Experiment, build_node
+
+OPTIONS = ("models", "seeds", "n_jobs", "threads")  # words of lab-compare itself
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file asks for, checked."""
+
+    name: str
+    words: list[str]  # all of the command, for the record
+    shared: list[str]  # those of lab-train that all runs have
+    models: dict[str, list[str]]
+    seeds: list[int]
+    expectations: list[Expectation]
+    lengths: list[int]  # of the inputs that lab-eval scores
+    metrics: list[str]  # that its tables show
+    seq_len: int
+    n_jobs: int = 1
+    threads: int | None = None
+
+
+@dataclass
+class Plan(Sweep):
+    """The sweep of a comparison; what is known of it is in comparison.json after each run."""
+
+    comparison: Comparison = field(kw_only=True)
+
+    @cached_property
+    def runs(self) -> list[tuple[str, int, list[str]]]:
+        """(model, seed, its words) of each run: the first seed of all models first."""
+        models, seeds = self.comparison.models, self.comparison.seeds
+        return [(name, seed, [*words, f"seed={seed}"]) for seed in seeds for name, words in models.items()]
+
+    def record(self, job: Any, reason: str | None) -> None:
+        super().record(job, reason)
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """comparison.json, of what the folders of the runs say by now."""
+        reasons = {job["folder"]: job["reason"] for job in self.jobs()}
+        runs = []
+        for model, seed, own in self.runs:
+            folder = self.job(own).path
+            runs.append({"model": model, "seed": seed, "words": [*self.shared, *own], "folder": folder, "reason": reasons.get(str(folder))})
+        written = document(self.comparison, runs)
+        write_json(self.path / FILE, written)
+        return written
+
+
+def compare(comparison: Comparison) -> tuple[dict[str, Any], Path]:
+    """Does what is left of it; the document, and the folder it was written to. Interrupted if a signal ended it."""
+    plan = Plan(comparison.words, comparison.shared, Path(), comparison=comparison)
+    folders = sorted({str(plan.job(own).path) for _, _, own in plan.runs})
+    plan.path = Path("runs", "comparisons", f"{comparison.name}_{hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:8]}")
+    with plan.alive():
+        try:
+            plan.run([own for _, _, own in plan.runs], comparison.n_jobs, comparison.threads)
+        finally:
+            written = plan.write()
+    return written, plan.path
+
+
+# ----------------------------------------------------------------------- reading
+
+
+def read(words: Sequence[str]) -> Comparison:
+    """The comparison of FILE (or experiment=NAME) and KEY=VALUE ...; ConfigError, in one sentence, for any mistake in the words or the
+    file that can be known before a model is built."""
+    file, shared, own = _sort(words)
+    tree, layer = _load(file)
+    with saying_where([layer]):
+        models, seeds = _models(tree), _seeds(tree)
+        expectations = parse(tree.get("expect", []), list(models))
+        chosen, seeds = _chosen(own, models), _integers("seeds", own["seeds"]) if "seeds" in own else seeds
+        n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
+        check(compose(shared))  # a mistake in what all have in common is not one of a model
+        tasks = {name: _task(name, models[name], shared) for name in chosen}
+        for index, expectation in enumerate(expectations):
+            for name in (expectation.model, expectation.over):
+                if name in tasks:
+                    _check_score(("expect", index), expectation, tasks[name])
+        first = next(iter(tasks.values()))
+        for name, task in tasks.items():
+            if task.seq_len != first.seq_len:
+                raise MistakeError(("models", name), f"its task.seq_len is {task.seq_len}, and {first.seq_len} of {chosen[0]}")
+    lengths = {task.seq_len * scale for task in tasks.values() for scale in (1, *task.eval_lengths)}
+    metrics = list(dict.fromkeys(expectation.metric for expectation in expectations)) or [f"test/{[*first.metrics, 'ce_loss'][0]}"]
+    return Comparison(
+        name=files.experiment_name(file).rpartition("/")[2],
+        words=list(words),
+        shared=shared,
+        models={name: models[name] for name in chosen},
+        seeds=seeds,
+        expectations=expectations,
+        lengths=sorted(lengths),
+        metrics=metrics,
+        seq_len=first.seq_len,
+        n_jobs=n_jobs,
+        threads=threads,
+    )
+
+
+def _sort(words: Sequence[str]) -> tuple[Path, list[str], dict[str, str]]:
+    """The file, the words of lab-train, and lab-compare's own."""
+    given: list[tuple[str, Path]] = []
+    shared: list[str] = []
+    own: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and not key.startswith("~"):
+            given.append((f"--config={word}", Path(word)))
+        elif key == "experiment":
+            given.append((word, files.option_file(files.options(), "experiment", value, SHELL)))
+        elif key in OPTIONS:
+            own[key] = value.strip("[]")
+        elif key in OF_A_RUN or key == "seed":
+            reason = OF_A_RUN.get(key, "seeds=1,2,3 says which there are")
+            raise ConfigError(f"{key} ({SHELL}): not of a comparison: {reason}")
+        else:
+            shared.append(word)
+    if len(given) != 1:
+        names = ", ".join(word.removeprefix("--config=") for word, _ in given)
+        raise ConfigError(f"lab-compare takes one file, or experiment=NAME; got {names or 'none'}")
+    return given[0][1], [given[0][0], *shared], own
+
+
+def _load(file: Path) -> tuple[dict[str, Any], Layer]:
+    content: Any = OmegaConf.to_container(files.load(file), resolve=False)
+    layer, known = Layer(files.show(file), content, files.lines(file)), [*COMPARISON, *(f.name for f in fields(Experiment)), "defaults"]
+    with saying_where([layer]):
+        for key in content:
+            if key not in known:
+                raise MistakeError((key,), f"there is no such key{hint(str(key), known)}")
+    if "models" not in content:
+        raise ConfigError(f"{files.show(file)}: it compares nothing, for it has no `models`; lab-train trains a single experiment")
+    return content, layer
+
+
+def _models(tree: Mapping[str, Any]) -> dict[str, list[str]]:
+    given = tree["models"]
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        given = dict.fromkeys(given)
+    if not isinstance(given, dict) or not given:
+        raise MistakeError(("models",), "expected names, each with its words of lab-train, as `mamba: [model=mamba, model.d_model=64]`")
+    for name, words in given.items():
+        if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise MistakeError(("models", name), f"expected a list of words as of lab-train, such as [model={name}], got {words!r}")
+        for word in words or ():
+            key = word.lstrip("+~").partition("=")[0]
+            if key in (*OF_A_RUN, "seed", "experiment"):
+                raise MistakeError(("models", name), f"{key} is not of a model: it is the same for all of them")
+    return {str(name): [f"model={name}"] if words is None else list(words) for name, words in given.items()}
+
+
+def _seeds(tree: Mapping[str, Any]) -> list[int]:
+    seeds = tree.get("seeds", 1)
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds >= 1:
+        return list(range(1, seeds + 1))
+    if isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds):
+        return seeds
+    raise MistakeError(("seeds",), f"expected a list of different seeds, or how many, got {seeds!r}")
+
+
+def _chosen(own: Mapping[str, str], models: Mapping[str, Any]) -> list[str]:
+    names = own["models"].split(",") if "models" in own else list(models)
+    for name in names:
+        if name not in models:
+            raise ConfigError(f"models ({SHELL}): there is no model {name} in the file{hint(name, models, 'there are')}")
+    return names
+
+
+def _integers(key: str, text: str) -> list[int]:
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{key} ({SHELL}): expected different whole numbers, as {key}=1,2,3, got {text}")
+    return [int(number) for number in numbers]
+
+
+def _positive(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key} ({SHELL}): expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _task(name: str, words: list[str], shared: list[str]) -> Task:
+    """The task of a model's runs, built; a mistake in the words of the model is told as one of the file."""
+    try:
+        composed = compose([*shared, *words])
+        check(composed)
+        with composed.saying_where():
+            task: Task = build_node("task", composed.config["task"], None)
+    except ConfigError as error:
+        raise MistakeError(("models", name), str(error).replace(f" ({SHELL})", "")) from None
+    return task
+
+
+def _check_score(key: tuple[Any, ...], expectation: Expectation, task: Task) -> None:
+    names = score_names(task)
+    if expectation.name not in names:
+        kind = type(task).__name__
+        raise MistakeError((*key, "metric"), f"{kind} has no score {expectation.name}{hint(expectation.name, names, 'it has')}")
+    length = expectation.input_length(task.seq_len)
+    lengths = [task.seq_len * scale for scale in sorted({1, *task.eval_lengths})]
+    if length not in lengths:
+        asked = "length" if expectation.length is not None else "scale"
+        scored = ", ".join(map(str, lengths))
+        raise MistakeError((*key, asked), f"length {length} is not scored; task.eval_lengths and task.seq_len give {scored}")

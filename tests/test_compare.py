@@ -1,0 +1,290 @@
+"""lab-compare. The runs are played by a stand-in for the pool, in this process; at the end one comparison is of real ones."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from lab.analysis.expectations import Expectation, judge
+from lab.analysis.statistics import estimate
+from lab.cli import compare as lab_compare
+from lab.config import compose
+from lab.files import write_json
+from lab.sweeps import comparison, multirun
+from lab.sweeps.pool import environment
+from lab.training.run import Interrupted, Run
+
+ROOT = Path(__file__).parents[1]
+FILE = """\
+# @package _global_
+defaults: [copy_reverse_small]
+models:
+  attention: [model=transformer, model.max_len=16]
+  mamba:
+seeds: 2
+expect:
+  - {claim: it learns, metric: test/exact_match, model: mamba, scale: 2, at_least: 0.9, source: a book}
+  - {metric: test/exact_match, model: mamba, over: attention, at_least: 0.1, source: a book}
+task: {seq_len: 16, eval_lengths: [1, 2]}
+model: {d_model: 32, n_layers: 1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(FILE)
+    return Path("tiny.yaml")
+
+
+def run(*words: str) -> int:
+    return lab_compare.main(list(words))
+
+
+def found() -> dict:
+    (path,) = Path("runs/comparisons").glob("*/comparison.json")
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------- statistics
+
+
+def test_the_interval_is_students():
+    assert estimate([3.0]) == (1, 3.0, None, None)
+    n, mean, low, high = estimate([0.8, 0.9, 1.0])
+    assert (n, mean) == (3, pytest.approx(0.9))
+    assert (low, high) == (pytest.approx(0.9 - 0.24841377), pytest.approx(0.9 + 0.24841377))  # 4.302653 * 0.1 / sqrt(3)
+    assert estimate([1.0, 1.0]) == (2, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "scores", "verdict", "why"),
+    [
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.96, 3: 0.95}}, "held", None),
+        ({"at_least": 0.9}, {"a": {1: 0.5, 2: 0.51, 3: 0.5}}, "not held", None),
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.80, 3: 0.99}}, "cannot tell", "the interval is on both sides of the bound"),
+        ({"at_least": 0.9}, {"a": {1: 0.95}}, "cannot tell", "one seed gives no interval"),
+        ({"at_least": 0.9}, {}, "cannot tell", "a: not scored"),
+        ({"at_most": 0.2}, {"a": {1: 0.1, 2: 0.11}}, "held", None),
+        ({"at_least": 0.1, "at_most": 0.2}, {"a": {1: 0.3, 2: 0.3}}, "not held", None),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5, 3: 0.7}, "b": {1: 0.5, 2: 0.1}}, "held", None),  # by seed
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9}, "b": {2: 0.1}}, "cannot tell", "no seed is done for both"),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9}}, "cannot tell", "b: not applicable (max_len 16)"),
+    ],
+)
+def test_a_verdict_is_by_the_interval(bounds, scores, verdict, why):
+    expectation = Expectation("test/exact_match", "a", "a book", **bounds)
+    got = judge(expectation, scores, {"a": "not scored", "b": "not applicable (max_len 16)"})
+    assert (got.verdict, got.why) == (verdict, why)
+
+
+# ----------------------------------------------------------------------- mistakes
+
+
+def mistake(words, capsys) -> str:
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and not Path("runs").exists()
+    return err.removeprefix("lab-compare: ").strip()
+
+
+MODELS = "models:\n  attention: [model=transformer, model.max_len=16]\n  mamba:\n"
+FIRST, SECOND = "test/exact_match, model: mamba, scale", "over: attention, at_least: 0.1, "
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("models:", "modles:", "modles (tiny.yaml:3): there is no such key; did you mean models?"),
+        (MODELS, "", "tiny.yaml: it compares nothing, for it has no `models`; lab-train trains a single experiment"),
+        ("mamba:\n", "mamba: [model=mamba, model.d_modle=8]\n",
+         "models.mamba (tiny.yaml:5): model.d_modle: lab.models.Stack has no such argument; did you mean model.d_model?"),
+        ("[model=transformer,", "[model=tranformer,",
+         "models.attention (tiny.yaml:4): model=tranformer: there is no such option; did you mean transformer?"),
+        ("mamba:\n", "mamba: [seed=3]\n", "models.mamba (tiny.yaml:5): seed is not of a model: it is the same for all of them"),
+        ("mamba:\n", "mamba: model=mamba\n",
+         "models.mamba (tiny.yaml:5): expected a list of words as of lab-train, such as [model=mamba], got 'model=mamba'"),
+        ("mamba:\n", "mamba: [model=mamba, task.seq_len=32]\n",
+         "models.mamba (tiny.yaml:5): its task.seq_len is 32, and 16 of attention"),
+        ("seeds: 2", "seeds: [1, 1]", "seeds (tiny.yaml:6): expected a list of different seeds, or how many, got [1, 1]"),
+        ("claim:", "clam:", "expect.0.clam (tiny.yaml:8): there is no such key; did you mean claim?"),
+        (FIRST, FIRST.replace("match", "macth"),
+         "expect.0.metric (tiny.yaml:8): CopyReverse has no score exact_macth; did you mean exact_match?"),
+        (FIRST, FIRST.removeprefix("test/"),
+         "expect.0.metric (tiny.yaml:8): exact_match names no split; did you mean test/exact_match?"),
+        ("scale: 2", "scale: 4", "expect.0.scale (tiny.yaml:8): length 64 is not scored; task.eval_lengths and task.seq_len give 16, 32"),
+        (SECOND, SECOND.replace("att", "at"),
+         "expect.1.over (tiny.yaml:9): there is no model atention in models; did you mean attention?"),
+        (SECOND, "over: attention, ", "expect.1 (tiny.yaml:9): it has no bound; at_least or at_most gives one"),
+        ("at_least: 0.9, source: a book", "at_least: 0.9",
+         "expect.0.source (tiny.yaml:8): it is missing; an expectation has metric, model, a bound and source"),
+        ("at_least: 0.9", "at_least: most", "expect.0.at_least (tiny.yaml:8): expected a number, got 'most'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_file_is_one_sentence(old, new, sentence, file, capsys):
+    assert old in FILE
+    file.write_text(FILE.replace(old, new))
+    assert mistake(["tiny.yaml"], capsys).startswith(sentence)  # the options may follow
+
+
+def test_a_mistake_in_the_words_is_one_sentence(capsys):
+    assert mistake(["tiny.yaml", "models=mamb"], capsys).endswith("there is no model mamb in the file; did you mean mamba?")
+    assert "expected different whole numbers, as seeds=1,2,3" in mistake(["tiny.yaml", "seeds=a"], capsys)
+    assert "at least 1" in mistake(["tiny.yaml", "n_jobs=0"], capsys)
+    assert mistake(["tiny.yaml", "seed=1"], capsys).endswith("seeds=1,2,3 says which there are")
+    assert mistake(["tiny.yaml", "trainer.max_step=3"], capsys).endswith("did you mean trainer.max_steps?")
+    assert "got none" in mistake([], capsys) and "no such file" in mistake(["tiy.yaml"], capsys)
+    assert "leave out tiny.yaml" in mistake(["--show", "runs", "tiny.yaml"], capsys)
+
+
+def test_lab_train_sees_the_experiment_alone(file):
+    config = compose(["--config=tiny.yaml", "model=mamba"]).config
+    assert not {"models", "seeds", "expect"} & set(config) and config["task"]["seq_len"] == 16
+    file.write_text("seeds: 3\nexpect: []\n")  # no comparison: a mistyped key stays one
+    assert "seeds" in compose(["--config=tiny.yaml"]).config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "repro").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_of_the_repository(path):
+    """All models compose, and each expectation is of something that is scored."""
+    read = comparison.read([f"experiment=repro/{path.stem}"])
+    assert len(read.models) >= 2 and len(read.seeds) >= 3 and read.expectations
+
+
+# ----------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def player(monkeypatch):
+    """Plays lab-train and lab-eval. player.plan: {(model, seed): score, or a reason to fail}; player.calls: what was called."""
+
+    class Player:
+        plan: dict = {}
+        calls: list[str] = []
+        threads = None
+
+        def __init__(self, n_jobs, overview, record, threads=None):
+            self.record, Player.threads = record, threads
+
+        def run(self, jobs):
+            for job in jobs:
+                key = (job.composed.choices["model"], job.composed.config["seed"])
+                what, done = self.plan.get(key, 1.0), Run(job.path)
+                if what == "stop":
+                    raise Interrupted("stopped by SIGTERM; the same command goes on", signal.SIGTERM)
+                command = job.next_command()
+                if command is None:
+                    self.record(job, None)
+                    continue
+                Player.calls.append("{} {} {}".format(command[0].rpartition(".")[2], *key))
+                if not done.exists():
+                    done.path.mkdir(parents=True, exist_ok=True)
+                    done.write_config(job.composed)
+                    done.write_job("running")
+                if isinstance(what, str):
+                    done.write_job("failed", reason=what)
+                    self.record(job, what)
+                    continue
+                (done.path / "metrics.jsonl").write_text(json.dumps({"step": 4, "val/ce_loss": 0.5, "val/exact_match": 0.7}) + "\n")
+                done.write_job("done", reason=None, step=4)
+                far = "not applicable (max_len 16)" if key[0] == "transformer" else {"exact_match": what}
+                scores = {"step": 4, "params": 99, "metrics": {"exact_match": what}, "references": {"best constant": 0.25}}
+                write_json(done.path / "eval" / "test-best.json", scores | {"by_length": {"16": {"exact_match": what}, "32": far}})
+                write_json(done.path / "metrics.json", scores)
+                self.record(job, None)
+
+    Player.calls = []
+    monkeypatch.setattr(multirun, "Pool", Player)
+    return Player
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
+    player.plan = {("mamba", 1): "the loss is NaN", ("transformer", 2): "stop"}
+    assert run("tiny.yaml", "threads=3") == 143 and player.threads == 3
+    assert player.calls == ["train transformer 1", "train mamba 1"]
+    (folder,) = Path("runs/comparisons").iterdir()
+    assert [(run["status"], run["reason"]) for run in found()["runs"]] == [
+        ("done", None), ("failed", "the loss is NaN"), ("not begun", None), ("not begun", None)
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert lab_compare.main(["--show", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "the loss is NaN" in out and "mamba: no run is done (failed)" in out
+
+    player.plan, player.calls[:] = {("mamba", 1): "the loss is NaN", ("mamba", 2): 0.75}, []
+    assert run("tiny.yaml") == 1  # a failure stops nobody
+    out, err = capsys.readouterr()
+    assert player.calls == ["train mamba 1", "train transformer 2", "train mamba 2"]
+    assert err == "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
+    assert "one seed gives no interval" in out
+
+    player.plan, player.calls[:] = {("mamba", 1): 0.75}, []
+    assert run("tiny.yaml") == 0 and player.calls == ["train mamba 1"]
+    assert run("tiny.yaml", "--check") == 1 and player.calls == ["train mamba 1"]
+    assert "2 of 2 expectations did not hold: mamba: test/exact_match at 2x >= 0.9 (not held); mamba - attention" in capsys.readouterr().err
+
+
+def test_what_it_writes_and_prints(player, capsys):
+    player.plan = {("transformer", 1): 0.5, ("transformer", 2): 0.6, ("mamba", 2): 0.99}
+    assert run("tiny.yaml", "--check", "--format", "markdown") == 1
+    out = capsys.readouterr().out
+    assert "| mamba | 99 | 2 | 0 | 0.995 [0.931, 1.059] | 0.995 [0.931, 1.059] |" in out
+    assert "| attention | 99 | 2 | 0 | 0.550 [-0.085, 1.185] | not applicable |" in out and "without a model: best constant 0.25" in out
+    assert "| it learns | mamba: test/exact_match at 2x >= 0.9 | 0.995 [0.931, 1.059] | 2 | held |  | a book |" in out
+    document = found()
+    assert document["expectations"][1] | {"mean": 0, "low": 0, "high": 0} == {
+        "metric": "test/exact_match", "model": "mamba", "over": "attention", "at_least": 0.1, "source": "a book", "length": 16,
+        "text": "mamba - attention: test/exact_match >= 0.1", "n": 2, "mean": 0, "low": 0, "high": 0,
+        "values": {"mamba": {"1": 1.0, "2": 0.99}, "attention": {"1": 0.5, "2": 0.6}},
+        "verdict": "cannot tell", "why": "the interval is on both sides of the bound",
+    }  # fmt: skip
+    assert document["runs"][0]["command"] == "lab-train --config=tiny.yaml model=transformer model.max_len=16 seed=1"
+    assert document["runs"][0]["val"] == {"ce_loss": 0.5, "exact_match": 0.7} and document["runs"][0]["seconds"] >= 0
+    assert run("tiny.yaml", "models=mamba", "seeds=1") == 0 and len(player.calls) == 4  # the same runs, another folder
+    assert "it is left out" in capsys.readouterr().out and len(list(Path("runs/comparisons").iterdir())) == 2
+
+
+def test_show_says_what_is_wrong(capsys):
+    assert lab_compare.main(["--show", "nothing"]) == 1
+    assert "there is no such file; lab-compare FILE writes it" in capsys.readouterr().err
+    Path("comparison.json").write_text("{}")
+    assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks runs" in capsys.readouterr().err
+
+
+def test_each_process_has_the_threads_that_were_told(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert environment(0, 2, threads=3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_two_real_runs(monkeypatch, capsys):
+    """The commands of the jobs, in this process."""
+    from lab.cli import eval as lab_eval
+    from lab.cli import train as lab_train
+
+    class Pool:
+        def __init__(self, n_jobs, overview, record, threads=None):
+            self.record = record
+
+        def run(self, jobs):
+            for job in jobs:
+                command = job.next_command()
+                while command:
+                    main = {"lab.cli.train": lab_train.main, "lab.cli.eval": lab_eval.main}[command[0]]
+                    assert main(command[1:]) == 0
+                    command = job.next_command(after=command[0])
+                self.record(job, None)
+
+    monkeypatch.setattr(multirun, "Pool", Pool)
+    bounds = "metric: test/ce_loss, model: lot, at_most: 100, source: a guess", "metric: val/ce_loss, model: lot, at_least: 9, source: x"
+    Path("real.yaml").write_text(f"models: [lot]\nseeds: [3, 4]\nexpect: [{{{bounds[0]}}}, {{{bounds[1]}}}]\n")
+    assert run("real.yaml", *TINY) == 0
+    document = found()
+    assert [each["verdict"] for each in document["expectations"]] == ["held", "not held"]
+    assert all(run["seconds"] > 0 and run["status"] == "done" for run in document["runs"])
+    values = document["expectations"][0]["values"]["lot"]
+    assert values["3"] != values["4"]
