@@ -17,7 +17,7 @@ from lab.export import FORMATS, export_model, isolated, verify
 from lab.models import initialise
 from lab.training import train
 
-GRAPHS = ["sequence", "prefill", "step"]
+GRAPHS, OF_SOURCE = ["sequence", "prefill", "step"], ["sequence", "encoder", "decoder", "step"]
 
 
 def export(model, format: str, folder: Path, longest: int = 24) -> dict:
@@ -29,10 +29,11 @@ def export(model, format: str, folder: Path, longest: int = 24) -> dict:
 
 def check(manifest: dict) -> None:
     """Every graph was compared, at a batch of 1 and others, at a length of 1, odd ones and one longer than the example."""
-    assert [graph["name"] for graph in manifest["graphs"]] == GRAPHS
+    found = [graph["name"] for graph in manifest["graphs"]]
+    assert found == (OF_SOURCE if "encoder" in found else GRAPHS)
     cases = manifest["verification"]["cases"]
     assert all(case["largest_difference"] < 1e-4 for case in cases)
-    for graph in GRAPHS:
+    for graph in (graph for graph in found if graph != "encoder"):
         sizes = [(case["batch"], case["length"]) for case in cases if case["graph"] == graph]
         assert {1, 3} <= {B for B, _ in sizes} and max(L for _, L in sizes) > 7 and any(L % 2 for _, L in sizes)
         assert graph == "step" or (1, 1) in sizes
@@ -47,7 +48,9 @@ def at_once(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = isolated.load(document, manifest.parent)
-        return {case: isolated.answer(document, loaded, case, inputs.numpy()) for case, inputs in tokens.items()}
+        sources = {case.removeprefix(isolated.SOURCE_OF): s.numpy() for case, s in tokens.items() if case.startswith(isolated.SOURCE_OF)}
+        cases = {case: t.numpy() for case, t in tokens.items() if not case.startswith(isolated.SOURCE_OF)}
+        return {case: isolated.answer(document, loaded, case, t, sources.get(case)) for case, t in cases.items()}
 
     monkeypatch.setattr(verify, "run_isolated", run)
 

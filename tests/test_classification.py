@@ -13,7 +13,7 @@ from lab.analysis.metrics import TokenScores
 from lab.cli import eval as lab_eval
 from lab.config import ConfigError, compose
 from lab.export import export_run
-from lab.mixers import Attention, S4DLayer
+from lab.mixers import S4DLayer
 from lab.models import Stack
 from lab.tasks import Digits
 from lab.training import train
@@ -22,7 +22,7 @@ from lab.training.experiment import prepare
 LISTOPS = (
     "task=listops", "task.seq_len=16", "task.min_len=4", "task.max_depth=3", "task.max_args=3", "task.n_train=64", "task.n_val=16",
     "task.n_test=16", "model.d_model=16", "model.n_layers=1", "model.dropout=0.0", "trainer.max_steps=4", "trainer.batch_size=8",
-    "trainer.val_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.accelerator=cpu", "~callbacks.progress",
+    "trainer.val_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.accelerator=cpu",
 )  # fmt: skip
 
 
@@ -84,19 +84,25 @@ def test_scores_of_classes():
 
 
 @pytest.mark.parametrize("model", ["transformer", "mamba"])
-def test_a_classifier_trains_evaluates_and_exports(model, tmp_path, monkeypatch, capsys):
+def test_a_classifier_trains_and_is_scored(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = train(compose([*LISTOPS, f"model={model}", "run_dir=run", "~callbacks.attention", "~callbacks.state_spaces"]))
+    run = train(compose([*LISTOPS, f"model={model}", "run_dir=run", "~callbacks"]))
     logged = run.metrics
     assert set(logged["metrics"]) == {"loss", "ce_loss", "accuracy"} and logged["by_position"] == []
     assert sum(map(sum, logged["confusion"])) == 16 and set(logged["published"]) == {"S4", "S5", "Transformer"}
     assert lab_eval.main(["run"]) == 0
     shown = capsys.readouterr().out
     assert "accuracy" in shown and "best constant (no model)" in shown and "S5 (published)" in shown and "arXiv:2208.04933" in shown
-    if model == "transformer":
-        manifest, _ = export_run("run", "pt2")
-        (graph,) = manifest["graphs"]
-        assert graph["outputs"][0]["shape"] == ["batch", 10]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["transformer", "s4d"])
+def test_a_classifier_is_watched_and_exported(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(compose([*LISTOPS, f"model={model}", "run_dir=run", "~callbacks.progress"]))  # with the pictures of attention and of state spaces
+    manifest, _ = export_run("run", "onnx")
+    (graph,) = manifest["graphs"]
+    assert graph["outputs"][0]["shape"] == ["batch", 10]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +129,15 @@ def test_a_bidirectional_model_may_classify():
     prepare(compose(["task=listops", "model=s4d_tiny", "trainer.max_steps=1", "model.mixer.bidirectional=true"]).config)
 
 
-def test_attention_honours_lengths_under_a_pooled_head():
-    torch.manual_seed(0)
-    model = Stack(12, 16, 1, lambda d_model: Attention(d_model, 2), max_len=8, n_classes=3).eval()
-    tokens = torch.randint(0, 12, (2, 8))
+@pytest.mark.parametrize("model", ["gated_mlp", "h3", "lot", "mamba", "mamba_attention", "s4", "s5", "serriform", "transformer"])
+def test_every_model_honours_lengths_under_a_pooled_head(model):
+    words = [*LISTOPS[:8], *LISTOPS[11:13], f"model={model}", "model.d_model=32", "model.n_layers=2"]
+    built = prepare(compose(words).config).model.eval()
+    tokens = torch.randint(1, 16, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens, lengths=torch.tensor([8, 5]))[1], model(tokens[1:, :5])[0], rtol=1e-4, atol=1e-5)
+        together = built(tokens, lengths=torch.tensor([16, 5]))
+        assert together.shape == (2, 10)
+        torch.testing.assert_close(together[1], built(tokens[1:, :5])[0], rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------- digits

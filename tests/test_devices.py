@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import MODELS, L, from_yaml
+from test_models import MODELS, L, from_yaml, with_source
 from torch.utils import _pytree as pytree
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_left_on_the_cpu(name):
-    model = from_yaml(name).to("meta")
+    model = with_source(from_yaml(name).to("meta"))
     tokens, lengths = torch.zeros(3, L, dtype=torch.long, device="meta"), torch.ones(3, dtype=torch.long, device="meta")
     out = model(tokens, want=("losses",))
     (out.y.sum() + sum(out.losses.values())).backward()

@@ -64,6 +64,11 @@ OPTIONS = [
 OPTIONS += [{"position": "none"}, {"phase_mode": "gain", "position": "none"}, {"lattice_shape": [1, 4], "dt": 0.5, "coupling": 2.0}]
 
 
+def with_source(model):
+    """A model of tokens alone."""
+    return conformance.WithSource(model, SOURCE.to(next(model.parameters()).device)) if model.takes_source else model
+
+
 def conform(make, device: str = "cpu") -> None:
     model = make()
     initialise(model, 0)
@@ -71,8 +76,7 @@ def conform(make, device: str = "cpu") -> None:
     model, tokens = model.to(device), random_tokens().to(device)
     if model.takes_source:
         conformance.check_source(model, tokens, SOURCE.to(device))
-        whole, make_whole = model, make
-        model, make = conformance.WithSource(whole, SOURCE.to(device)), lambda: conformance.WithSource(make_whole(), SOURCE)
+    model = with_source(model)
     for check in conformance.CHECKS:
         if check is conformance.check_gradients:
             literal = any(isinstance(m, Lattice) and m.phase_mode == "literal" for m in model.modules())
@@ -80,7 +84,7 @@ def conform(make, device: str = "cpu") -> None:
                 check(model.train(mode), tokens, without=("alpha",) if literal else ())
         else:
             check(model, tokens)
-    conformance.check_checkpoint(model, lambda: make().to(device), tokens)
+    conformance.check_checkpoint(model, lambda: with_source(make()).to(device), tokens)
 
 
 @pytest.mark.parametrize("name", KINDS)

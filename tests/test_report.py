@@ -46,6 +46,7 @@ def make(
     if exact is not None:
         (folder / "eval").mkdir()
         scores = {"step": 20, "metrics": {"exact_match": exact, "sync": None}, "references": {"uniform": more.get("uniform", 4.0)}}
+        scores |= {"published": {"S4": {"value": 0.25, "source": "arXiv:2111.00396"}, "torn": 1}}
         scores |= {"data": more["data"]} if "data" in more else {}
         (folder / "eval" / "test-best.json").write_text(json.dumps(scores))
     return folder
@@ -84,6 +85,7 @@ def test_a_line_for_each_run_with_what_differs():
         None,
     )
     assert "test scores took no part" in report.notes[0] and "references of copy: uniform 4" in report.notes
+    assert "published for copy: S4 0.25 (arXiv:2111.00396)" in report.notes
     assert not any("different code" in note for note in report.notes)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lab.analysis.metrics import TokenScores, by_value
-from lab.config import ConfigError, compose
+from lab.cli import eval as lab_eval
+from lab.config import ConfigError, compose, config_hash
 from lab.tasks import (
     MQAR,
     Batch,
@@ -29,6 +30,7 @@ from lab.tasks import (
 )
 from lab.tasks.base import IGNORE, distinct_integers
 from lab.tasks.synthetic import duplicates
+from lab.training import train
 from lab.training.experiment import build_node
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "task"
@@ -260,6 +262,22 @@ def test_a_config_is_what_its_data_is(file):
     assert all("arXiv:" in entry["source"] for entry in task.reference.values())
     if batch.lengths is not None:
         assert node["min_len"] < int(batch.lengths.min()) and int(batch.lengths.max()) < node["seq_len"]
+
+
+def test_accuracy_by_distance_and_pairs_is_written_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ("vocab_size=64", "seq_len=16", "n_pairs=[2,4]", "n_train=64", "n_val=16", "n_test=16", "eval_lengths=[1,2]")
+    words = ["task=mqar", *(f"task.{word}" for word in small), "model=s4d_tiny", "model.d_model=16", "model.n_layers=1", "~callbacks"]
+    sizes = ("trainer.max_steps=2", "trainer.batch_size=8", "trainer.val_every=2", "trainer.accelerator=cpu", "run_dir=run")
+    run = train(compose([*words, *sizes]))
+    assert set(run.metrics["by_pairs"]) == {"2", "4"}
+    assert lab_eval.main(["run"]) == 0
+    shown = capsys.readouterr().out
+    assert set(run.metrics["by_distance"]) <= {"2-3", "4-7", "8-15"} and "length 32" in shown
+    assert "accuracy by pairs: 2: " in shown and "accuracy by distance: " in shown
+    assert "attention (published)" in shown and "published: attention, arXiv:2312.04927" in shown
+    changed = compose([*words, *sizes, "task.reference.attention.value=0.5"]).stored
+    assert config_hash(changed) == config_hash(run.config())  # what others have published is not of the experiment
 
 
 def test_a_wrong_reference_names_its_key():

@@ -261,8 +261,10 @@ class WithSource(SequenceModel):
 
     def __init__(self, model: SequenceModel, source: Tensor) -> None:
         super().__init__()
-        self.model, self.source = model, source[:1]
-        self.loss_names = model.loss_names
+        self.model, self.loss_names = model, model.loss_names
+        self.register_buffer("source", source[:1], persistent=False)
+
+    source: Tensor
 
     def forward(
         self,

@@ -145,6 +145,7 @@ def read(path: Path, words: str | None = None, reason: str | None = None) -> Row
     metrics, test = ask(lambda: _json(path / "metrics.json")), ask(lambda: _json(path / "eval" / "test-best.json"))
     choices = ask(lambda: hparams.get("choices", {}))
     scores, references = ask(lambda: test.get("metrics", {})), ask(lambda: test.get("references", {}))
+    published = ask(lambda: test.get("published", metrics.get("published", {})))
     data, test_data = ask(lambda: metrics.get("data", {})), ask(lambda: test.get("data", {}))
     codes = dict.fromkeys(document["code_version"] for document in (hparams, metrics, test) if document.get("code_version"))
     best = ask(lambda: best_validation(path))
@@ -167,7 +168,7 @@ def read(path: Path, words: str | None = None, reason: str | None = None) -> Row
         test={name: value for name, value in scores.items() if isinstance(value, int | float)},
         test_data=test_data,
         references={name: value for name, value in references.items() if isinstance(value, int | float)},
-        published=ask(lambda: test.get("published", metrics.get("published", {}))),
+        published={name: entry for name, entry in published.items() if isinstance(entry, dict) and {"value", "source"} <= entry.keys()},
         sha256=data.get("sha256"),
         code=", ".join(map(str, codes)) or None,
         created=str(hparams.get("created", "")),

@@ -5,6 +5,8 @@
     best.step.onnx       a token and a state -> logits and the next state
     best.onnx.json       the manifest
 
+Of an encoder-decoder best.encoder.onnx and best.decoder.onnx in place of the prefill (lab/export/graphs.py).
+
 All is written and verified in a hidden folder beside the target. Only then the files are moved, the manifest last: it holds their
 hashes, so that a reader can tell a whole export from one that was cut off between two moves.
 """
@@ -114,6 +116,7 @@ def describe(exported: Exported, format: str, folder: Path, names: Mapping[str, 
         }
         for graph in exported.graphs
     ]
+    with_source = any(graph.name == "encoder" for graph in exported.graphs)
     initial = exported.initial or (None,) * len(exported.state)
     packages = ("torch", *FORMATS[format].packages)
     return {
@@ -121,7 +124,7 @@ def describe(exported: Exported, format: str, folder: Path, names: Mapping[str, 
         "opset": opset(folder / names["sequence"]) if format == "onnx" else None,
         "graphs": graphs,
         "state": [spec.document() | {"initial": value} for spec, value in zip(exported.state, initial, strict=True)],
-        "limits": {"max_len": exported.max_len},
+        "limits": {"max_len": exported.max_len} | ({"max_source_len": exported.max_source_len} if with_source else {}),
         "versions": {"lab": lab.__version__, **{name: metadata.version(name) for name in packages}},
         "created": now(),
     }

@@ -18,7 +18,7 @@ import torch
 from torch.export import Dim
 
 from lab.config import ConfigError
-from lab.export.graphs import BATCH, CACHE, LENGTH, Exported, Graph
+from lab.export.graphs import BATCH, CACHE, LENGTH, SOURCE, Exported, Graph
 from lab.training.run import RunError
 
 
@@ -62,9 +62,10 @@ def free_axes(graph: Graph, exported: Exported) -> tuple[Any, ...]:
         BATCH: Dim(BATCH, min=1),
         LENGTH: Dim(LENGTH, min=1, max=max_len),
         CACHE: Dim(CACHE, min=0, max=None if max_len is None else max_len - 1),
+        SOURCE: Dim(SOURCE, min=1, max=exported.max_source_len),
     }
     axes = [{axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs]
-    return (axes[0],) if graph.name != "step" else (axes[0], tuple(axes[1:]))  # the step takes its state as *state
+    return (axes[0], tuple(axes[1:])) if graph.name in ("step", "decoder") else tuple(axes)  # these take their state as *state
 
 
 def write_pt2(exported: Exported, files: Mapping[str, Path]) -> None:

@@ -6,6 +6,13 @@
 
 A state is a pytree; its tensors are named by their path in it, such as layers.0.k, and the step returns them as next.layers.0.k, in the
 same order. Nothing here knows a model: which axes are free is seen in the shapes that it returns for different batches and lengths.
+Of an encoder-decoder
+
+    sequence   source (B, S), tokens (B, L)   -> logits (B, L, V)
+    encoder    source (B, S)                  -> the state before the first token
+    decoder    tokens (B, L) and a state      -> logits (B, L, V) and the next state
+    step       token (B,) and a state         -> logits (B, V) and the next state
+
 A model without a recurrent form, whose `init_state` raises NotImplementedError, has the sequence graph alone.
 """
 
@@ -24,7 +31,7 @@ from lab.mixers import State
 from lab.models import SequenceModel
 from lab.training.run import RunError
 
-BATCH, LENGTH, CACHE = "batch", "length", "cache"  # free axes; cache: as many slots as tokens were seen
+BATCH, LENGTH, CACHE, SOURCE = "batch", "length", "cache", "source"  # free axes; cache: as many slots as tokens were seen
 EXAMPLE = (2, 7)  # batch and length that the graphs are recorded with; a batch of 1 would be taken for a constant
 SHORTEST = 4  # the smallest max_len with a length that is free
 
@@ -43,7 +50,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Graph:
-    name: str  # sequence, prefill or step
+    name: str  # sequence, prefill or step; encoder, decoder
     module: nn.Module  # positional tensors in, a tensor or a tuple of tensors out
     example: tuple[Tensor, ...]
     inputs: tuple[Spec, ...]
@@ -58,22 +65,31 @@ class Exported:
     state: tuple[Spec, ...]
     initial: tuple[Any, ...] | None  # of each state tensor: a number that fills it, or the values of one row
     max_len: int | None
+    max_source_len: int | None = None
 
 
-class SequenceGraph(nn.Module):
+class OfModel(nn.Module):
     def __init__(self, model: SequenceModel) -> None:
         super().__init__()
         self.model = model
 
+
+class SequenceGraph(OfModel):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
 
 
-class PrefillGraph(nn.Module):
-    def __init__(self, model: SequenceModel) -> None:
-        super().__init__()
-        self.model = model
+class SourceSequenceGraph(OfModel):
+    def forward(self, source: Tensor, tokens: Tensor) -> Tensor:
+        return self.model(tokens, source=source)
 
+
+class EncoderGraph(OfModel):
+    def forward(self, source: Tensor) -> tuple[Tensor, ...]:
+        return flatten(self.model.init_state(source.shape[0], source))
+
+
+class PrefillGraph(OfModel):
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         logits, state = self.model.prefill(tokens)
         return logits, *flatten(state)
@@ -87,8 +103,17 @@ class StepGraph(nn.Module):
         self.complex = [tensor.is_complex() for tensor in pytree.tree_leaves(like)]
 
     def forward(self, token: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, after = self.model.step(token, self.whole(state))
+        return logits, *flatten(after)
+
+    def whole(self, state: Sequence[Tensor]) -> State:
         leaves = [torch.view_as_complex(t) if is_complex else t for t, is_complex in zip(state, self.complex, strict=True)]
-        logits, after = self.model.step(token, pytree.tree_unflatten(leaves, self.spec))
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class DecoderGraph(StepGraph):
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, after = self.model.prefill(tokens, self.whole(state))
         return logits, *flatten(after)
 
 
@@ -109,6 +134,8 @@ def graphs(model: SequenceModel) -> Exported:
         if model.max_len < SHORTEST:
             raise RunError(f"the model was built with max_len={model.max_len}; a graph of free length needs {SHORTEST} or more")
         L = min(L, model.max_len)
+    if model.takes_source:
+        return source_graphs(model, B, L)
     sizes = (B, L), (B + 1, L), (B, L - 2)
     tokens = [torch.zeros(size, dtype=torch.long) for size in sizes]
     token_spec = Spec("tokens", (BATCH, LENGTH), "int64")
@@ -136,23 +163,58 @@ def graphs(model: SequenceModel) -> Exported:
     return Exported((sequence, prefill, step), layout, initial_values(*empty) if given else None, model.max_len)
 
 
+def source_graphs(model: SequenceModel, B: int, L: int) -> Exported:
+    """Those of an encoder-decoder."""
+    longest = getattr(model, "encoder").max_len  # noqa: B009 (of a model that takes a source)
+    if longest is not None and longest < SHORTEST:
+        raise RunError(f"the encoder was built with max_len={longest}; a graph of free length needs {SHORTEST} or more")
+    S = 6 if longest is None else min(6, longest)
+    sizes = (B, L, S), (B + 1, L, S), (B, L - 2, S), (B, L, S - 1)
+    tokens = [torch.zeros(b, n, dtype=torch.long) for b, n, _ in sizes]
+    source = [torch.zeros(b, s, dtype=torch.long) for b, _, s in sizes]
+    of_tokens, of_source = Spec("tokens", (BATCH, LENGTH), "int64"), Spec("source", (BATCH, SOURCE), "int64")
+    states = [model.prefill(t, source=s)[1] for t, s in zip(tokens, source, strict=True)]
+    names = [name(path) for path, _ in pytree.tree_flatten_with_path(states[0])[0]]
+    logits = specs(["logits"], [(model(t, source=s),) for t, s in zip(tokens, source, strict=True)], sizes)
+    before = specs(names, [flatten(model.init_state(len(s), s)) for s in source], sizes)
+    after = specs(names, [flatten(state) for state in states], sizes)
+    layout = tuple(Spec(spec.name, renamed(spec.shape, CACHE), spec.dtype) for spec in after)
+
+    def longer(by: str) -> tuple[Spec, ...]:
+        return tuple(Spec(f"next.{spec.name}", renamed(spec.shape, f"{CACHE} + {by}"), spec.dtype) for spec in after)
+
+    state = flatten(states[2])
+    one = Spec("logits", logits[0].shape[:1] + logits[0].shape[2:], logits[0].dtype)
+    made = (
+        Graph("sequence", SourceSequenceGraph(model), (source[0], tokens[0]), (of_source, of_tokens), logits),
+        Graph("encoder", EncoderGraph(model), (source[0],), (of_source,), before),
+        Graph("decoder", DecoderGraph(model, states[2]), (tokens[0], *state), (of_tokens, *layout), logits + longer(LENGTH)),
+        Graph(
+            "step", StepGraph(model, states[2]), (tokens[0][:, 0], *state), (Spec("token", (BATCH,), "int64"), *layout), (one, *longer("1"))
+        ),
+    )
+    for graph in made:
+        graph.module.eval()
+    return Exported(made, layout, None, model.max_len, longest)
+
+
 def name(path: tuple[Any, ...]) -> str:
     """The path of a leaf in a pytree: layers.0.k"""
     return ".".join(str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind))) for key in path) or "state"
 
 
-def specs(names: Sequence[str], outputs: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, int]]) -> tuple[Spec, ...]:
-    """Names the free axes of tensors by their sizes at three pairs of batch and length: one, another batch, another length."""
+def specs(names: Sequence[str], outputs: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, ...]]) -> tuple[Spec, ...]:
+    """Names the free axes of tensors by their sizes at pairs of batch and length: one, another batch, another length; with a source at
+    triples, the last with another source."""
     found = []
     for name, *tensors in zip(names, *outputs, strict=True):
         shape: list[int | str] = []
         for axis, size in enumerate(zip(*(tensor.shape for tensor in tensors), strict=True)):
-            kinds: dict[tuple[int, ...], int | str] = {(size[0],) * 3: size[0]}
-            kinds |= {tuple(batch for batch, _ in sizes): BATCH, tuple(length for _, length in sizes): LENGTH}
+            kinds: dict[tuple[int, ...], int | str] = {(size[0],) * len(sizes): size[0]}
+            kinds |= dict(zip(zip(*sizes, strict=True), (BATCH, LENGTH, SOURCE), strict=False))
             if size not in kinds:
-                raise RunError(
-                    f"axis {axis} of {name} has the sizes {size} at (batch, length) {tuple(sizes)}; expected a fixed one or one of these"
-                )
+                what = "(batch, length)" if len(sizes[0]) == 2 else "(batch, length, source)"
+                raise RunError(f"axis {axis} of {name} has the sizes {size} at {what} {tuple(sizes)}; expected a fixed one or one of these")
             shape.append(kinds[size])
         found.append(Spec(name, tuple(shape), str(tensors[0].dtype).removeprefix("torch.")))
     return tuple(found)

@@ -1,8 +1,9 @@
 """Runs exported files by what their manifest says, in a Python without lab: python -I isolated.py MANIFEST CASES RESULTS FOLDER...
 
-CASES (npz): `sequence...`, `prefill...` tokens (B, L) for the graph of that name; `stream.K...` tokens (B, L) of which the first K go
-through prefill and the others through the step; `refuse.GRAPH` too many tokens, which the graph should refuse (all but the last are a
-step's prefill). RESULTS (npz): under the same name the logits (B, L, V), a text that says what was raised, or for `refuse` whether it was.
+CASES (npz): `sequence...`, `prefill...`, `decoder...` tokens (B, L) for the graph of that name; `stream.K...` tokens (B, L) of which the
+first K go through prefill or decoder and the others through the step; `refuse.GRAPH` too many tokens, which the graph should refuse (all
+but the last are a step's prefill); `source-of CASE` the source (B, S) of a case, of an encoder-decoder. RESULTS (npz): under the same name
+the logits (B, L, V), a text that says what was raised, or for `refuse` whether it was.
 FOLDERs are where modules are looked for after Python's own places.
 """
 
@@ -15,6 +16,8 @@ if __name__ == "__main__":
     sys.path.extend(folder for folder in sys.argv[4:] if folder not in sys.path)
 
 import numpy as np
+
+SOURCE_OF = "source-of "
 
 
 class Blocker:
@@ -69,9 +72,14 @@ def initial(document, batch):
     ]
 
 
-def stream(document, graphs, tokens, k):
+def stream(document, graphs, tokens, k, source):
     parts, state = [], None
-    if k:
+    if source is not None:
+        state = graphs["encoder"]([source])
+        if k:
+            logits, *state = graphs["decoder"]([tokens[:, :k], *state])
+            parts.append(logits)
+    elif k:
         logits, *state = graphs["prefill"]([tokens[:, :k]])
         parts.append(logits)
     else:
@@ -82,19 +90,25 @@ def stream(document, graphs, tokens, k):
     return np.concatenate(parts, 1)
 
 
-def answer(document, graphs, case, tokens):
+def at_once(graphs, name, tokens, source):
+    if source is None:
+        return graphs[name]([tokens])[0]
+    return graphs[name]([tokens, *graphs["encoder"]([source])] if name == "decoder" else [source, tokens])[0]
+
+
+def answer(document, graphs, case, tokens, source=None):
     kind, which, *_ = case.split(".")
     if kind == "refuse":
         try:
             if which == "step":
-                stream(document, graphs, tokens, tokens.shape[1] - 1)
+                stream(document, graphs, tokens, tokens.shape[1] - 1, source)
             else:
-                graphs[which]([tokens])
+                at_once(graphs, which, tokens, source)
         except Exception:
             return np.asarray(True)
         return np.asarray(False)
     try:
-        return stream(document, graphs, tokens, int(which)) if kind == "stream" else graphs[kind]([tokens])[0]
+        return stream(document, graphs, tokens, int(which), source) if kind == "stream" else at_once(graphs, kind, tokens, source)
     except Exception as error:
         return np.asarray(sentence(error))
 
@@ -113,7 +127,9 @@ def main(manifest, cases, results):
     except Exception as error:
         sys.exit(sentence(error))
     with np.load(cases) as inputs:
-        np.savez(results, **{case: answer(document, graphs, case, inputs[case]) for case in inputs.files})
+        cases = {name: inputs[name] for name in inputs.files}
+    sources = {name.removeprefix(SOURCE_OF): cases.pop(name) for name in list(cases) if name.startswith(SOURCE_OF)}
+    np.savez(results, **{case: answer(document, graphs, case, tokens, sources.get(case)) for case, tokens in cases.items()})
     assert "lab" not in sys.modules
 
 

@@ -21,6 +21,7 @@ from lab.models import SequenceModel
 from lab.training.run import RunError
 
 RTOL, ATOL = 1e-4, 1e-4  # of the logits, float32
+SOURCE_OF = "source-of "  # before the name of a case: the source that goes with it
 TIMEOUT = 1800  # seconds for all cases; what is usual is a few
 
 
@@ -31,7 +32,7 @@ def verify(model: SequenceModel, manifest: Path, document: Mapping[str, Any], lo
     what the manifest says about the comparison.
     """
     names = [graph["name"] for graph in document["graphs"]]
-    from_nothing = any(spec["initial"] is not None for spec in document["state"])
+    from_nothing = "encoder" in names or any(spec["initial"] is not None for spec in document["state"])
     generator = torch.Generator().manual_seed(0)
     tokens = {
         f"{kind}.{k}.{B}x{L}": torch.randint(0, document["vocabulary"]["size"], (B, L), generator=generator)
@@ -39,16 +40,30 @@ def verify(model: SequenceModel, manifest: Path, document: Mapping[str, Any], lo
     }
     max_len = document["limits"]["max_len"]
     too_long = {f"refuse.{name}": torch.zeros(1, max_len + 1, dtype=torch.long) for name in names if max_len is not None}
-    results = run_isolated(manifest, tokens | too_long)
+    sources = {}
+    if "encoder" in names:
+        del too_long["refuse.encoder"]
+        limit = document["limits"]["max_source_len"] or 9
+        for i, (case, inputs) in enumerate((tokens | too_long).items()):
+            S = min(limit, (6, 1, 9, 4)[i % 4])
+            sources[case] = torch.randint(
+                0, source_vocabulary(model, document["vocabulary"]["size"]), (len(inputs), S), generator=generator
+            )
+    results = run_isolated(manifest, tokens | too_long | {f"{SOURCE_OF}{case}": source for case, source in sources.items()})
     with torch.no_grad():
-        rows = [compare(case, inputs, results[case], model(inputs).numpy()) for case, inputs in tokens.items()]
+        rows = [compare(case, t, results[case], model(t, source=sources.get(case)).numpy()) for case, t in tokens.items()]
     refused = all(bool(results[case]) for case in too_long) if too_long else None
     return refused, {"tolerance": {"absolute": ATOL, "relative": RTOL}, "cases": rows}
 
 
+def source_vocabulary(model: SequenceModel, otherwise: int) -> int:
+    embedding = getattr(getattr(model, "encoder", None), "embedding", None)
+    return int(getattr(embedding, "num_embeddings", otherwise))
+
+
 def cases(names: list[str], longest: int, from_nothing: bool) -> Iterator[tuple[str, int, int, int]]:
     """(what runs, tokens in the prefill, batch, length): batches 1 to 5, lengths 1, odd, even, the example's, and the longest one."""
-    for name in ("sequence", "prefill"):
+    for name in ("sequence", "prefill", "decoder"):
         if name in names:
             sizes = [(1, 1), (3, 1), (1, 5), EXAMPLE, (5, 12), (2, longest)]
             yield from ((name, 0, B, L) for B, L in sorted({(B, L) for B, L in sizes if L <= longest}))

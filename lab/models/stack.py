@@ -229,7 +229,7 @@ class Stack(SequenceModel):
         encoded = None
         if self.encoder is not None:
             if state is None:
-                encoded = self.encode(len(tokens), source, source_lengths, source_mask, want)
+                encoded = self.encode(tokens.shape[0], source, source_lengths, source_mask, want)
             else:
                 encoded = Encoded(state["source"]["layers"], state["source"]["length"])
         x = self.dropout(self.embed(tokens, state, lengths, "in_place" in want))
@@ -259,7 +259,7 @@ class Stack(SequenceModel):
         if encoded is not None:
             record |= {f"encoder_{name}": layers for name, layers in encoded.record.items()}
             if after is not None:
-                after["source"] = encoded.state(len(tokens))
+                after["source"] = encoded.state(tokens.shape[0])
         return Output(logits, after, losses, record, means)
 
     def encode(

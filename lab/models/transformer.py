@@ -19,6 +19,7 @@ from lab.layers import MLP
 from lab.mixers import Attention, CrossAttention, Output, State
 from lab.mixers.masks import MaskConvention, may_attend
 from lab.models.stack import Block, Position, Stack
+from lab.ops.program import NotCompiled, Program, Value
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -146,7 +147,7 @@ class TransformerModel(Stack):
         source_mask, mask = (given if named is None else named for given, named in ((source_mask, src_mask), (mask, tgt_mask)))
         if source_mask is not None and memory_mask is None and source is not None:
             S = source.shape[1]
-            source_mask = may_attend("TransformerModel", source_mask, self.mask_convention, (len(source), self.n_heads, S, S))
+            source_mask = may_attend("TransformerModel", source_mask, self.mask_convention, (source.shape[0], self.n_heads, S, S))
             memory_mask = source_mask.any(-2, keepdim=True)
         return super().forward(
             tokens,
@@ -159,3 +160,6 @@ class TransformerModel(Stack):
             source_mask=source_mask,
             memory_mask=memory_mask,
         )
+
+    def program(self, p: Program, state: State) -> Value:
+        raise NotCompiled("cross-attention has no program")
