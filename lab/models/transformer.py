@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lab.layers import MLP
 from lab.mixers import Attention, CrossAttention, Output, State
 from lab.mixers.masks import MaskConvention, may_attend
-from lab.models.stack import Block, Position, Stack
+from lab.models.block import Block
+from lab.models.stack import Position, Stack
 from lab.ops.program import NotCompiled, Program, Value
 
 
