@@ -148,8 +148,19 @@ def test_a_sample_is_a_function_of_its_index(name):
     whole = task.split("train").batch(range(300))
     some = task.split("train").batch([7, 3, 299])
     assert torch.equal(some.inputs, whole.inputs[[7, 3, 299]]) and torch.equal(some.targets, whole.targets[[7, 3, 299]])
+    for i in range(20):
+        alone = task.split("train").batch([i])
+        assert torch.equal(alone.inputs[0], whole.inputs[i]) and torch.equal(alone.targets[0], whole.targets[i]), "the rows beside it"
     streams = [task.split("train").batch([5]), task.split("val").batch([5]), task.split("test").batch([5])]
     assert len({tuple(batch.inputs[0].tolist()) for batch in streams}) == 3
+
+
+def test_sorting_from_a_source():
+    task = Sorting(20, 16, **SIZES, source=True)
+    batch, whole = task.split("val").batch(range(9)), TASKS["sorting"][0].split("val").batch(range(9))
+    assert torch.equal(batch.source, whole.inputs[:, :9]) and torch.equal(batch.targets, whole.inputs[:, :8].sort(1).values)
+    assert (batch.inputs[:, 0] == task.start_token).all() and torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert task.prompt_len == 1 and task.describe() == TASKS["sorting"][0].describe(), "the source tells two samples apart"
 
 
 @every_task

@@ -55,7 +55,8 @@ class Attention(Mixer):
         self.d_head = d_model // n_heads
         self.dropout = dropout
         self.position, self.window, self.mask_convention = position, window, mask_convention
-        self.causal = not bidirectional
+        if bidirectional:
+            self.causal = False
         # No biases: one on k adds the same number to all scores of a query, which the softmax cancels.
         self.q = nn.Linear(d_model, d_model, bias=False)
         self.k = nn.Linear(d_model, d_model, bias=False)

@@ -184,7 +184,7 @@ class SequenceModel(nn.Module, ABC):
         end: dict[str, Any] = {"stop_token": stop_token, "pad_token": pad_token}
         given: dict[str, Any] = {"lengths": lengths, "source": source, "source_lengths": source_lengths}
         new: Sequence[Tensor]
-        if beams == 1:
+        if beams == 1 or not max_new_tokens:
             tokens = self.stream(
                 prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, **end, **given
             )

@@ -64,7 +64,7 @@ class MQAR(Synthetic):
         there = np.arange(P) < n  # (B, P): the pairs that a row has
         keys, values = draw.distinct("keys", P, 1, half), draw.distinct("values", P, half, self.vocab_size)
         start = 2 * np.broadcast_to(np.arange(P), keys.shape)
-        query = 2 * n + 2 * self._gaps(draw, (seq_len - 2 * n) // 2)  # (B, P)
+        query = 2 * n + 2 * self._gaps(draw, seq_len, n)  # (B, P)
         rows = np.broadcast_to(np.arange(len(n))[:, None], keys.shape)[there]
         inputs = draw.integers("noise", seq_len, 0, self.vocab_size) if self.noise else np.zeros((len(n), seq_len), np.int64)
         targets, distance = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
@@ -74,11 +74,13 @@ class MQAR(Synthetic):
         by = {"distance": torch.from_numpy(distance), "pairs": torch.from_numpy(n).expand(-1, seq_len)}
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), by=by)
 
-    def _gaps(self, draw: Draw, room: np.ndarray) -> np.ndarray:
-        """(B, P) different numbers of 0 .. room - 1, drawn one after the other with the weights (i + 1)^(power - 1) of those left.
+    def _gaps(self, draw: Draw, seq_len: int, n: np.ndarray) -> np.ndarray:
+        """(B, P) different numbers of 0 .. seq_len / 2 - n - 1, drawn one after the other, with the weights (i + 1)^(power - 1) of those
+        left.
 
-        Equal in distribution to the order of exponential waiting times with these rates (Efraimidis and Spirakis, 2006).
+        Equal in distribution to the order of exponential waiting times with these rates (Efraimidis and Spirakis, 2006). As many are drawn
+        for each row as the one with the fewest pairs needs: what a row draws must not depend on the rows beside it.
         """
-        i = np.arange(int(room.max()))
+        i = np.arange(seq_len // 2 - int(self.n_pairs.min()))
         waiting = -np.log(draw.uniform("gaps", len(i))) / (i + 1.0) ** (self.power - 1)
-        return np.argsort(np.where(i < room, waiting, np.inf), axis=1)[:, : self.most]
+        return np.argsort(np.where(i < seq_len // 2 - n, waiting, np.inf), axis=1)[:, : self.most]

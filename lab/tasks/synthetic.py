@@ -148,7 +148,8 @@ def _answers(split: Split, indices: range) -> tuple[np.ndarray, np.ndarray]:
 def _rows(split: Split, indices: range) -> list[bytes]:
     batch = split.batch(indices)
     targets = batch.targets.numpy().reshape(len(indices), -1)
-    return [row.tobytes() for row in np.concatenate([batch.inputs.numpy(), targets], axis=1)]
+    read = [batch.inputs.numpy()] if batch.source is None else [batch.source.numpy(), batch.inputs.numpy()]
+    return [row.tobytes() for row in np.concatenate([*read, targets], axis=1)]
 
 
 def _chunks(n: int) -> list[range]:

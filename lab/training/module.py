@@ -253,6 +253,8 @@ class LabModule(pl.LightningModule):
         else:
             seed_everything(self.seed + self.global_step + rank)
         self._stored_states = []
+        if self.stream_steps is not None and self.global_step % self.stream_steps and not self._carried:
+            raise RunError(f"the checkpoint of step {self.global_step} has no carried_states to go on with; begin anew with fresh=true")
         # Rows of all ranks, as the loader shares them out.
         self._carried = [self.model.map_state(partial(self._share, rank=rank), state) for state in self._carried]
         schedule: Any = self.lr_schedulers()
