@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lab.config import ConfigError
-from lab.tasks import Enwik8, download, enwik8
+from lab.tasks import Enwik8, download, enwik8, prepared
 
 TEXT = "".join(f'<page id="{i}">\n<title>Größe {i * i}</title>\n</page>\n' for i in range(60)).encode()[:2000]
 
@@ -64,6 +64,8 @@ def test_the_bytes_that_occur(folder):
     assert task.decode(tokens.tolist()) == raw.decode(raw.bytes_of("train").tolist())
     assert task.decode(task.encode("Größe\n")) == "Größe\n"
     assert task.decode([int(task.split("train").batch([0]).inputs[0, 0])]) == "\n", "what the first byte is predicted from"
+    assert task.encoding == f"index into the {n} bytes that occur in enwik8, which are UTF-8, in order: {sorted(set(TEXT))}"
+    assert raw.encoding == "bytes of UTF-8"
     with pytest.raises(ConfigError, match="the byte 0x7e does not occur in enwik8"):
         task.encode("~")
     assert task.references("test")["gzip_9"] == raw.references("test")["gzip_9"]
@@ -109,13 +111,20 @@ def test_impossible_values_say_what_would_be_right(folder, changes, sentence):
 # ----------------------------------------------------------------------- the download
 
 
+CENTRAL = 10_000  # stands for where the second description of the file begins in an archive
+
+
+def archive(content, method=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as packed:
+        packed.writestr("enwik8", content)
+    return file.getvalue()
+
+
 @pytest.fixture
 def server(folder, monkeypatch):
     """A server of the archive, which breaks off after `server.breaks` bytes; `server.asked` are the ranges that were asked for."""
     (folder / "enwik8").unlink()
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("enwik8", TEXT)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
@@ -131,7 +140,7 @@ def server(folder, monkeypatch):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.asked, server.breaks, server.resumes = content.getvalue(), [], None, True
+    server.content, server.asked, server.breaks, server.resumes = archive(TEXT), [], None, True
     monkeypatch.setattr(enwik8, "URL", f"http://127.0.0.1:{server.server_port}/enwik8.zip")
     monkeypatch.setattr(enwik8, "ZIPPED", len(server.content))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -169,6 +178,53 @@ def test_what_is_no_archive_is_not_kept(server, folder):
     with pytest.raises(ConfigError, match="task.download: what .* sends is no archive with enwik8"):
         corpus(download=True).split("train")
     assert list(folder.glob("enwik8*")) == list(folder.glob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    ("edits", "sentence"),
+    [
+        ({36: 0xFF}, "invalid block type"),  # the first byte of the content: zlib.error
+        ({6: 1, CENTRAL + 8: 1}, "encrypted"),  # RuntimeError
+        ({8: 99, CENTRAL + 10: 99}, "compression"),  # NotImplementedError
+    ],
+)
+def test_a_damaged_archive_is_fetched_anew(server, folder, monkeypatch, edits, sentence):
+    server.content = whole = archive(TEXT, zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(enwik8, "ZIPPED", len(whole))
+    damaged = bytearray(whole)
+    for place, value in edits.items():
+        damaged[place if place < CENTRAL else whole.index(b"PK\x01\x02") + place - CENTRAL] = value
+    server.content = bytes(damaged)
+    with pytest.raises(ConfigError, match=f"task.download: what .* sends is no archive with enwik8: .*{sentence}"):
+        corpus(download=True).split("train")
+    server.content = whole
+    assert corpus(download=True).facts()["bytes"] == 2000
+
+
+@pytest.mark.parametrize(("other", "size"), [(TEXT[:-1] + b"x", "2,000"), (TEXT[:-1], "1,999"), (TEXT * 9, "more than 2,000")])
+def test_another_file_is_not_put_in_its_place(server, folder, monkeypatch, other, size):
+    server.content = archive(other)
+    monkeypatch.setattr(enwik8, "ZIPPED", len(server.content))
+    with pytest.raises(ConfigError, match=f"it holds another file of that name, of {size} bytes, with the SHA-256"):
+        corpus(download=True).split("train")
+    assert not (folder / "enwik8").exists() and not list(folder.glob("*.part")) and not list(folder.glob(".*"))
+
+
+def test_no_more_is_read_than_the_archive_has(server):
+    server.content += bytes(5000)
+    assert corpus(download=True).facts()["bytes"] == 2000
+
+
+def test_one_process_fetches_and_others_wait(server, folder):
+    words = (enwik8.URL, enwik8.ZIPPED, "enwik8", enwik8.SIZE, enwik8.SHA256, folder / "enwik8", 10)
+    thread = threading.Thread(target=download.fetch_member, args=words)
+    with prepared.alone(folder / "enwik8.lock", ""):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and server.asked == []
+        (folder / "enwik8").write_bytes(TEXT)
+    thread.join(10)
+    assert not thread.is_alive() and server.asked == [] and not list(folder.glob("*.part"))
 
 
 def test_a_server_that_is_not_there(server, monkeypatch):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shlex
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas
 import pytest
@@ -14,11 +18,13 @@ import torch
 import lab
 from lab.analysis.metrics import TokenScores
 from lab.config import ConfigError, compose
-from lab.tasks import Text, text
+from lab.tasks import Text, prepared, text
 from lab.tasks.documents import share_out
 from lab.training import evaluate_run, train
+from lab.training.experiment import prepare
 
 WORDS_OF = ("cat", "dog", "owl")
+ROOT = Path(__file__).parents[1]
 DOCUMENTS = [f"Document {i}: " + " ".join(f"the {word} of größe {i * k}" for k, word in enumerate(WORDS_OF)) for i in range(80)]
 
 
@@ -101,14 +107,30 @@ def test_shares():
 def test_a_hub_data_set(files, monkeypatch):
     (files / "set").mkdir()
     (files / "all.jsonl").rename(files / "set/train.jsonl")
-    task = Text(hub=str(files / "set"), streaming=True, seq_len=32)
+    load = datasets.load_dataset
+    local = {"my/set": "set"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, revision, **b: load(local.get(name, name), *a, **b))
+    task = Text(hub="my/set", streaming=True, seq_len=32)
     assert sorted(sum((documents_of(task, name) for name in ("train", "val", "test")), [])) == sorted(DOCUMENTS)
-    limited = Text(hub=str(files / "set"), streaming=True, seq_len=16, limit_bytes=1000)
+    limited = Text(hub="my/set", streaming=True, seq_len=16, limit_bytes=1000)
     assert 1000 <= limited.facts()["bytes"] < 1100
+    assert task.facts()["revision"] is None and Text(hub="my/set", streaming=True, revision="v2").facts()["revision"] == "v2"
     with pytest.raises(ConfigError, match="^task.hub: nobody/nothing cannot be loaded: "):
         Text(hub="nobody/nothing", seq_len=32).split("train")
-    with pytest.raises(ConfigError, match="task.field: row 1 of .*set has no field body; it has text, n"):
-        Text(hub=str(files / "set"), streaming=True, field="body").split("train")
+    with pytest.raises(ConfigError, match="task.field: row 1 of my/set has no field body; it has text, n"):
+        Text(hub="my/set", streaming=True, field="body").split("train")
+    with pytest.raises(ConfigError, match="^task.hub: set is a file or folder here, not a data set of the Hub: task.path reads files$"):
+        Text(hub="set", streaming=True).split("train")
+
+
+def test_a_hub_that_breaks_off_is_one_sentence(files, monkeypatch):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("the line is dead\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: rows())
+    with pytest.raises(ConfigError, match="^task.hub: my/set cannot be loaded: ConnectionError: the line is dead$"):
+        Text(hub="my/set", streaming=True).split("train")
 
 
 # ----------------------------------------------------------------------- tokens
@@ -177,6 +199,20 @@ def test_a_preparation_that_breaks_off_leaves_nothing(files, monkeypatch):
     assert not stale.exists() and not list(data.glob(".*"))
 
 
+def test_without_locks_the_files_of_others_stay(files, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepared.fcntl, "flock", no_locks)
+    corpus().split("train")
+    (made,) = (files / "data").glob("*.bin")
+    made.unlink()
+    other = made.with_name(f".{made.name}.12345.tmp")  # of a process that prepares the same
+    other.write_text("half")
+    corpus().split("train")
+    assert made.exists() and other.exists()
+
+
 def test_progress_is_told_on_stderr(files, monkeypatch, capsys):
     progress = text.Progress
     monkeypatch.setattr(text, "Progress", lambda what: progress(what, first=0, every=0))
@@ -203,6 +239,7 @@ def test_progress_is_told_on_stderr(files, monkeypatch, capsys):
         ({"field": "body"}, "task.field: line 1 of all.jsonl has no field body; it has text, n"),
         ({"field": "n"}, "task.field: n in line 1 of all.jsonl is no text but a int"),
         ({"path": "bad.jsonl"}, "task.path: line 2 of bad.jsonl is no JSON: "),
+        ({"path": "bad.parquet"}, "^task.path: bad.parquet cannot be loaded: ArrowInvalid: [^\n]*$"),
         ({"path": "all.txt"}, "1 different documents, .* task.documents=paragraph or line makes more of text files"),
         ({"path": "latin.txt", "documents": "line", "tokenizer": "bpe", "vocab_size": 300}, "task.tokenizer: .* no UTF-8 text"),
         ({"tokenizer": "bpe", "vocab_size": 50000}, "task.vocab_size: the training documents give .* tokens.*: at most"),
@@ -210,12 +247,24 @@ def test_progress_is_told_on_stderr(files, monkeypatch, capsys):
 )
 def test_a_mistake_is_one_sentence(files, changes, sentence):
     (files / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (files / "bad.parquet").write_bytes(b"PAR1" + bytes(100))
     (files / "latin.txt").write_bytes("\n".join(DOCUMENTS).encode("latin-1"))
     with pytest.raises((ValueError, ConfigError), match=sentence):
         corpus(**changes).split("train")
 
 
 # ----------------------------------------------------------------------- a run
+
+
+def test_the_commands_of_the_page_are_whole(monkeypatch, tmp_path):
+    """As they are typed, in a checkout; test_documents.py runs the first ones with other sizes."""
+    monkeypatch.setenv("LAB_DATA", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/language_modelling.md").read_text()
+    first, *others = [compose(shlex.split(line)).config for line in re.findall("^lab-train (.*)$", page, re.MULTILINE)]
+    assert prepare(first).max_steps and len(others) == 5
+    assert all(config["trainer"]["max_steps"] for config in others)
+
 
 WORDS = (
     "task=text", "task.path=all.jsonl", "task.tokenizer=bpe", "task.vocab_size=290", "task.seq_len=16", "task.val_bytes=200",

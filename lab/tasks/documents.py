@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,8 @@ def of_files(files: Sequence[Path], unit: Unit, field: str) -> Iterator[bytes]:
             if file.suffix in JSON_LINES:
                 yield from _json_lines(file, field)
             elif file.suffix in PARQUET:
-                yield from _rows(_datasets().load_dataset("parquet", data_files=str(file), split="train", streaming=True), field, str(file))
+                load = partial(_datasets().load_dataset, "parquet", data_files=str(file), split="train", streaming=True)
+                yield from _rows(load, field, "task.path", str(file))
             else:
                 yield from _text(file, unit)
         except OSError as error:
@@ -52,13 +54,9 @@ def of_files(files: Sequence[Path], unit: Unit, field: str) -> Iterator[bytes]:
 
 
 def of_hub(name: str, config: str | None, split: str, revision: str | None, streaming: bool, field: str) -> Iterator[bytes]:
-    """Of a data set by its name on the Hub, or of a folder that the library datasets can read."""
-    datasets = _datasets()
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # the library and those below it raise of everything
-        raise ConfigError(f"task.hub: {name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    yield from _rows(rows, field, name)
+    """Of a data set by its name on the Hub."""
+    load = partial(_datasets().load_dataset, name, config, split=split, revision=revision, streaming=streaming)
+    yield from _rows(load, field, "task.hub", name)
 
 
 def _text(file: Path, unit: Unit) -> Iterator[bytes]:
@@ -89,9 +87,15 @@ def _json_lines(file: Path, field: str) -> Iterator[bytes]:
                 yield _field(row, field, f"line {number} of {file}")
 
 
-def _rows(rows: Iterable[Any], field: str, source: str) -> Iterator[bytes]:
-    for number, row in enumerate(rows, 1):
-        yield _field(row, field, f"row {number} of {source}")
+def _rows(load: Callable[[], Iterable[Any]], field: str, key: str, source: str) -> Iterator[bytes]:
+    try:
+        for number, row in enumerate(load(), 1):  # with streaming, files are opened and fetched as they come
+            yield _field(row, field, f"row {number} of {source}")
+    except ConfigError:
+        raise
+    except Exception as error:  # the library and those below it raise of everything
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"{key}: {source} cannot be loaded: {said}") from error
 
 
 def _field(row: Any, field: str, where: str) -> bytes:

@@ -63,7 +63,7 @@ class Enwik8(Corpus):
 
     def read(self) -> Content:
         if not self.file.exists() and self.download:
-            fetch_member(URL, ZIPPED, MEMBER, self.file, SECONDS)
+            fetch_member(URL, ZIPPED, MEMBER, SIZE, SHA256, self.file, SECONDS)
         self._check()
         content = np.memmap(self.file, np.uint8, "r")
         facts: dict[str, Any] = {} if self.limit == SIZE else {"limit_bytes": self.limit}
@@ -106,6 +106,12 @@ class Enwik8(Corpus):
         if self._symbols is None:
             self._symbols = bytes(json.loads(self.prepared.tokenizer or "[]"))
         return self._symbols
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        if self.symbols is None:
+            return "bytes of UTF-8"
+        return f"index into the {len(self.symbols)} bytes that occur in enwik8, which are UTF-8, in order: {json.dumps(list(self.symbols))}"
 
     @property
     def begin_token(self) -> int:  # type: ignore[override]

@@ -93,8 +93,8 @@ def prepare(folder: Path, name: str, keys: Sequence[Callable[[], str]], read: Ca
         stem = missing.pop()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(stem.with_suffix(".lock"), name):
-                found = _open(stem) or _make(folder, name, stem, read)
+            with alone(stem.with_suffix(".lock"), f"{name}: another process prepares it; waiting") as locked:
+                found = _open(stem) or _make(folder, name, stem, read, locked)
         except OSError as error:
             raise ConfigError(
                 f"task: {name} cannot be prepared in {folder} ({error.strerror}): let LAB_DATA name another folder"
@@ -109,8 +109,8 @@ def _stem(folder: Path, name: str, key: str) -> Path:
     return folder / f"{name}-{hashlib.sha256(f'{FORMAT} {key}'.encode()).hexdigest()[:16]}"
 
 
-def _make(folder: Path, name: str, stem: Path, read: Callable[[], Content]) -> Prepared:
-    for stale in folder.glob(f".{stem.name}.*.tmp"):  # of a process that was killed: this one holds the lock
+def _make(folder: Path, name: str, stem: Path, read: Callable[[], Content], locked: bool) -> Prepared:
+    for stale in folder.glob(f".{stem.name}.*.tmp") if locked else ():  # of a process that was killed: this one holds the lock
         stale.unlink(missing_ok=True)
     content, digest = read(), hashlib.sha256()
     file, size, splits = stem.with_suffix(".bin"), np.dtype(content.dtype).itemsize, {}
@@ -160,9 +160,9 @@ def _open(stem: Path) -> Prepared | None:
 
 
 @contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
-    """One process at a time is inside."""
-    progress = Progress(f"{name}: another process prepares it; waiting")
+def alone(path: Path, waiting: str) -> Iterator[bool]:
+    """One process at a time is inside; False in a file system without locks, where several may be. waiting: what others say on stderr."""
+    progress, locked = Progress(waiting), True
     with path.open("w") as file:
         while True:
             try:
@@ -172,9 +172,9 @@ def _alone(path: Path, name: str) -> Iterator[None]:
                 time.sleep(0.1)
                 continue
             except OSError:
-                pass  # a file system without locks
+                locked = False
             break
-        yield
+        yield locked
 
 
 class Progress:

@@ -6,7 +6,8 @@
 
 The documents are shared out by the digest of their content (`share_out`), so that equal ones are in one split. Empty ones are left out.
 The tokens are prepared once, in the data folder, and known by the content of the files: a file that has only moved, or got another date,
-is read again but not prepared again. A tokenizer that was trained is in every checkpoint, and lab-eval and lab-generate go by that one.
+is read again but not prepared again. A data set of the Hub is known by its name, and its first reading is kept until `revision` names
+another. A tokenizer that was trained is in every checkpoint, and lab-eval and lab-generate go by that one.
 The end token counts as no byte, so that bits per byte charge a model for saying where documents end, whatever its tokens are.
 """
 
@@ -30,6 +31,10 @@ from lab.tasks.tokenizer import BPE, Bytes, Tokenizer, train_bpe
 
 BATCH = 1 << 20  # bytes that are encoded together
 BPE_BYTES = 100_000_000  # of the training documents, which a BPE is trained on
+BPE_ENCODING = (
+    "byte-level BPE; the last token ends a text; the tokenizer is the text at ['lab']['task']['tokenizer'] of the checkpoint, a "
+    "tokenizer.json of the package tokenizers"
+)
 Piece = np.ndarray
 
 
@@ -80,7 +85,7 @@ class Text(Corpus):
         self.documents: Unit = documents
         self.kind, self.val_share, self.test_share = tokenizer, val_share, test_share
         self.begin_token = self.stop_token = vocab_size - 1
-        self.encoding = "bytes of UTF-8; 256 ends a text" if tokenizer == "bytes" else "byte-level BPE; the last token ends a text"
+        self.encoding = "bytes of UTF-8; 256 ends a text" if tokenizer == "bytes" else BPE_ENCODING
         self._tokenizer: Tokenizer | None = Bytes() if tokenizer == "bytes" else None
 
     # ------------------------------------------------------------------ what identifies the tokens
@@ -89,6 +94,8 @@ class Text(Corpus):
         how = [self.field, self.documents, self.val_share, self.test_share, self.limit]
         tokens = [self.kind, self.vocab_size, self.tokenizer_hash]
         if self.hub is not None:
+            if Path(self.hub[0]).exists():  # the library would read it, and its name does not say when it changes
+                raise ConfigError(f"task.hub: {self.hub[0]} is a file or folder here, not a data set of the Hub: task.path reads files")
             return [lambda: f"{self.hub}\n{how}\n{tokens}"]
         return [lambda: f"{self.dates()}\n{how}\n{tokens}", lambda: f"{self.content()}\n{how}\n{tokens}"]
 
@@ -130,6 +137,7 @@ class Text(Corpus):
         self._tokenizer = tokenizer
         facts: dict[str, Any] = {"bytes": spool.bytes, "documents": len(spool.lengths), "duplicates": len(spool.lengths) - unique}
         facts |= {"empty": left_out} if left_out else {}
+        facts |= {} if self.hub is None else {"revision": self.hub[-1]}
         facts |= {"tokenizer": self.kind if tokenizer.sha256 is None else f"{self.kind} {tokenizer.sha256}"}
         dtype = next(kind for kind in ("uint8", "uint16", "uint32") if self.vocab_size <= np.iinfo(kind).max + 1)
         parts = {name: self._encoded(spool, numbers[name], tokenizer, dtype, name) for name in SPLITS}
