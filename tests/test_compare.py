@@ -68,18 +68,25 @@ def test_the_interval_is_students():
         ({"at_least": 0.9}, {"a": {1: 0.5, 2: 0.51, 3: 0.5}}, "not held", None),
         ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.80, 3: 0.99}}, "cannot tell", "the interval is on both sides of the bound"),
         ({"at_least": 0.9}, {"a": {1: 0.95}}, "cannot tell", "one seed gives no interval"),
-        ({"at_least": 0.9}, {}, "cannot tell", "a: not scored"),
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.96, 3: "failed: NaN"}}, "cannot tell", "a: seed 3: failed: NaN"),  # though they would do
+        ({"at_least": 0.9}, {"a": {1: "killed", 2: 0.9, 3: "killed"}}, "cannot tell", "a: seeds 1, 3: killed"),
+        ({"at_least": 0.9}, {"a": {1: "not scored", 2: "not scored"}}, "cannot tell", "a: not scored"),
         ({"at_most": 0.2}, {"a": {1: 0.1, 2: 0.11}}, "held", None),
         ({"at_least": 0.1, "at_most": 0.2}, {"a": {1: 0.3, 2: 0.3}}, "not held", None),
-        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5, 3: 0.7}, "b": {1: 0.5, 2: 0.1}}, "held", None),  # by seed
-        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9}, "b": {2: 0.1}}, "cannot tell", "no seed is done for both"),
-        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9}}, "cannot tell", "b: not applicable (max_len 16)"),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5}, "b": {1: 0.5, 2: 0.1}}, "held", None),  # by seed
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5, 3: 0.7}, "b": {1: 0.5, 2: 0.1, 3: "running"}}, "cannot tell",
+         "b: seed 3: running"),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: "running"}, "b": {1: "left out", 2: "left out"}}, "cannot tell",
+         "a: seed 2: running; b: left out"),
     ],
-)
+)  # fmt: skip
 def test_a_verdict_is_by_the_interval(bounds, scores, verdict, why):
-    expectation = Expectation("test/exact_match", "a", "a book", **bounds)
-    got = judge(expectation, scores, {"a": "not scored", "b": "not applicable (max_len 16)"})
+    """scores: of each seed, or why it has none."""
+    given = {name: {seed: score for seed, score in of.items() if not isinstance(score, str)} for name, of in scores.items()}
+    missing = {name: {seed: score for seed, score in of.items() if isinstance(score, str)} for name, of in scores.items()}
+    got = judge(Expectation("test/exact_match", "a", "a book", **bounds), given, missing)
     assert (got.verdict, got.why) == (verdict, why)
+    assert "over" in bounds or (got.found.n if got.found else 0) == len(given["a"])
 
 
 # ----------------------------------------------------------------------- mistakes
@@ -113,7 +120,9 @@ FIRST, SECOND = "test/exact_match, model: mamba, scale", "over: attention, at_le
         ("seeds: 2", "seeds: [1, 1]", "seeds (tiny.yaml:6): expected a list of different seeds, or how many, got [1, 1]"),
         ("claim:", "clam:", "expect.0.clam (tiny.yaml:8): there is no such key; did you mean claim?"),
         (FIRST, FIRST.replace("match", "macth"),
-         "expect.0.metric (tiny.yaml:8): CopyReverse has no score exact_macth; did you mean exact_match?"),
+         "expect.0.metric (tiny.yaml:8): mamba has no score exact_macth on CopyReverse; did you mean exact_match?"),
+        (FIRST, FIRST.replace("exact_match", "sync"),
+         "expect.0.metric (tiny.yaml:8): mamba has no score sync on CopyReverse; it has: ce_loss, exact_match, exact_match_free"),
         (FIRST, FIRST.removeprefix("test/"),
          "expect.0.metric (tiny.yaml:8): exact_match names no split; did you mean test/exact_match?"),
         ("scale: 2", "scale: 4", "expect.0.scale (tiny.yaml:8): length 64 is not scored; task.eval_lengths and task.seq_len give 16, 32"),
@@ -133,12 +142,42 @@ def test_a_mistake_in_the_file_is_one_sentence(old, new, sentence, file, capsys)
 
 def test_a_mistake_in_the_words_is_one_sentence(capsys):
     assert mistake(["tiny.yaml", "models=mamb"], capsys).endswith("there is no model mamb in the file; did you mean mamba?")
-    assert "expected different whole numbers, as seeds=1,2,3" in mistake(["tiny.yaml", "seeds=a"], capsys)
+    for seeds in ("a", "0", "1,1", "[]"):
+        assert "expected different seeds, as seeds=1,2,3 or seeds=[3], or how many" in mistake(["tiny.yaml", f"seeds={seeds}"], capsys)
     assert "at least 1" in mistake(["tiny.yaml", "n_jobs=0"], capsys)
     assert mistake(["tiny.yaml", "seed=1"], capsys).endswith("seeds=1,2,3 says which there are")
     assert mistake(["tiny.yaml", "trainer.max_step=3"], capsys).endswith("did you mean trainer.max_steps?")
     assert "got none" in mistake([], capsys) and "no such file" in mistake(["tiy.yaml"], capsys)
     assert "leave out tiny.yaml" in mistake(["--show", "runs", "tiny.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("model.max_len=32", "model.max_len"),
+        ("model={dropout: 0.1, max_len: 32}", "model.max_len"),
+        ("model.mixer.n_heads=2", "model.mixer.n_heads"),
+        ("model=lot", "model"),
+    ],
+)
+def test_a_word_that_a_model_would_not_hear_is_refused(word, key, file, capsys):
+    file.write_text(FILE.replace("model.max_len=16]", "model.max_len=16, 'model.mixer={n_heads: 4}']"))
+    sentence = f"{key} (command line): attention has a word of its own for it in tiny.yaml; change that one, or leave out attention"
+    assert mistake(["tiny.yaml", word], capsys) == sentence
+
+
+def test_a_word_that_all_models_hear_is_not_refused():
+    words = ["tiny.yaml", "model.d_model=16", "model={dropout: 0.1}"]
+    assert comparison.read(words).shared == ["--config=tiny.yaml", *words[1:]]
+    assert comparison.read(["tiny.yaml", "models=mamba", "model.max_len=32"]).models == {"mamba": ["model=mamba"]}
+
+
+def test_seeds_read_the_same_in_the_file_and_on_the_command_line(file):
+    for typed, seeds in (("3", [1, 2, 3]), ("[3]", [3]), ("[3, 1]", [3, 1])):
+        assert comparison.read(["tiny.yaml", f"seeds={typed}"]).seeds == seeds
+        file.write_text(FILE.replace("seeds: 2", f"seeds: {typed}"))
+        assert comparison.read(["tiny.yaml"]).seeds == seeds
+    assert comparison.read(["tiny.yaml", "seeds=3,1"]).seeds == [3, 1]
 
 
 def test_lab_train_sees_the_experiment_alone(file):
@@ -185,6 +224,10 @@ def player(monkeypatch):
                     done.path.mkdir(parents=True, exist_ok=True)
                     done.write_config(job.composed)
                     done.write_job("running")
+                if what == "no scores":
+                    done.write_job("done", reason=None, step=4)
+                    self.record(job, f"trained, but not evaluated: {what}")
+                    continue
                 if isinstance(what, str):
                     done.write_job("failed", reason=what)
                     self.record(job, what)
@@ -213,14 +256,14 @@ def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
     capsys.readouterr()
     assert lab_compare.main(["--show", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "the loss is NaN" in out and "mamba: no run is done (failed)" in out
+    assert "the loss is NaN" in out and "mamba: seed 1: failed: the loss is NaN; seed 2: not run yet" in out
 
     player.plan, player.calls[:] = {("mamba", 1): "the loss is NaN", ("mamba", 2): 0.75}, []
     assert run("tiny.yaml") == 1  # a failure stops nobody
     out, err = capsys.readouterr()
     assert player.calls == ["train mamba 1", "train transformer 2", "train mamba 2"]
     assert err == "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
-    assert "one seed gives no interval" in out
+    assert "mamba: seed 1: failed: the loss is NaN" in out and "0.750 (n 1)" in out
 
     player.plan, player.calls[:] = {("mamba", 1): 0.75}, []
     assert run("tiny.yaml") == 0 and player.calls == ["train mamba 1"]
@@ -248,11 +291,28 @@ def test_what_it_writes_and_prints(player, capsys):
     assert "it is left out" in capsys.readouterr().out and len(list(Path("runs/comparisons").iterdir())) == 2
 
 
+def test_a_run_that_a_callback_ended_is_done(player, capsys):
+    assert run("tiny.yaml") == 0
+    for each in found()["runs"]:
+        Run(Path(each["folder"])).write_job("done", step=4, reason="a callback ended it before step 9")
+    assert run("tiny.yaml") == 0 and "a callback ended it before step 9" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_scored_is_not_done(player, capsys):
+    player.plan = {("mamba", 2): "no scores"}
+    assert run("tiny.yaml") == 1 and "1 of 4 runs are not done" in capsys.readouterr().err
+    assert [run["status"] for run in found()["runs"]] == ["done"] * 4
+    assert found()["expectations"][0]["why"] == "mamba: seed 2: not scored: trained, but not evaluated: no scores"
+
+
 def test_show_says_what_is_wrong(capsys):
     assert lab_compare.main(["--show", "nothing"]) == 1
     assert "there is no such file; lab-compare FILE writes it" in capsys.readouterr().err
     Path("comparison.json").write_text("{}")
     assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks runs" in capsys.readouterr().err
+    older = {"runs": [], "summary": [], "expectations": [], "models": {}, "metrics": [], "method": ""}
+    Path("comparison.json").write_text(json.dumps(older))
+    assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks seq_len" in capsys.readouterr().err
 
 
 def test_each_process_has_the_threads_that_were_told(monkeypatch):
@@ -281,10 +341,11 @@ def test_two_real_runs(monkeypatch, capsys):
 
     monkeypatch.setattr(multirun, "Pool", Pool)
     bounds = "metric: test/ce_loss, model: lot, at_most: 100, source: a guess", "metric: val/ce_loss, model: lot, at_least: 9, source: x"
-    Path("real.yaml").write_text(f"models: [lot]\nseeds: [3, 4]\nexpect: [{{{bounds[0]}}}, {{{bounds[1]}}}]\n")
+    bounds += ("metric: test/mean_sync_order, model: lot, at_least: 0, source: what the model adds",)
+    Path("real.yaml").write_text(f"models: [lot]\nseeds: [3, 4]\nexpect: [{', '.join(f'{{{bound}}}' for bound in bounds)}]\n")
     assert run("real.yaml", *TINY) == 0
     document = found()
-    assert [each["verdict"] for each in document["expectations"]] == ["held", "not held"]
+    assert [each["verdict"] for each in document["expectations"]] == ["held", "not held", "held"]
     assert all(run["seconds"] > 0 and run["status"] == "done" for run in document["runs"])
     values = document["expectations"][0]["values"]["lot"]
     assert values["3"] != values["4"]

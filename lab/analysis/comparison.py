@@ -97,21 +97,32 @@ def _judged(expectation: Expectation, comparison: Comparison, runs: list[dict[st
     length = expectation.input_length(comparison.seq_len)
     names = [name for name in (expectation.model, expectation.over) if name]
     scores = {name: _values(runs, name, expectation.metric, length) for name in names}
-    missing = {name: _why_missing(name, length, runs, comparison) for name in names}
+    missing = {name: _missing(name, expectation, length, runs, comparison) for name in names}
     verdict, found, why = judge(expectation, scores, missing)
     given = {name: value for name, value in asdict(expectation).items() if value is not None} | {"length": length}
     estimated = (found or Estimate(0, float("nan"), None, None))._asdict()
     return given | {"text": str(expectation)} | estimated | {"values": scores, "verdict": verdict, "why": why}
 
 
-def _why_missing(model: str, length: int, runs: Iterable[Mapping[str, Any]], comparison: Comparison) -> str:
+def _missing(model: str, expectation: Expectation, length: int, runs: list[dict[str, Any]], comparison: Comparison) -> dict[int, str]:
+    """Why the seeds of a model that lack the score do."""
     if model not in comparison.models:
-        return "it is left out"
-    mine = [run for run in runs if run["model"] == model]
-    done = [run for run in mine if run["status"] == "done"]
-    said = [run["test"].get(str(length)) for run in done]
-    words = next((text for text in said if isinstance(text, str)), None)
-    return words or ("not scored" if done else f"no run is done ({mine[0]['status']})")
+        return dict.fromkeys(comparison.seeds, "it is left out")
+    there = _values(runs, model, expectation.metric, length)
+    return {run["seed"]: _why_missing(run, expectation, length) for run in runs if run["model"] == model and run["seed"] not in there}
+
+
+def _why_missing(run: Mapping[str, Any], expectation: Expectation, length: int) -> str:
+    if run["status"] == "not begun":
+        return "not run yet"
+    if run["status"] != "done":
+        return f"{run['status']}: {run['reason']}" if run["reason"] else str(run["status"])
+    scores = run["val"] if expectation.split == "val" else run["test"].get(str(length), {})
+    if isinstance(scores, str):
+        return scores
+    if expectation.name in scores:
+        return "not a finite number"
+    return f"not scored: {run['reason']}" if run["reason"] and not scores else "not scored"
 
 
 # ----------------------------------------------------------------------- tables
@@ -127,7 +138,8 @@ def load(folder: str) -> dict[str, Any]:
         raise RunError(f"{path}: there is no such file; lab-compare FILE writes it") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from error
-    if wrong := unlike(found, {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str}):
+    types = {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str, "seq_len": int}
+    if wrong := unlike(found, types):
         raise RunError(f"{path} is not a comparison of lab: {wrong}")
     return dict(found)
 
@@ -195,4 +207,4 @@ def _of_expectations(found: Mapping[str, Any]) -> Report:
         for each in found["expectations"]
     ]
     columns = [name for name in rows[0] if name not in ("claim", "why") or any(row[name] for row in rows)]
-    return Report(columns, rows, ["held: all of the interval is within the bound; not held: all of it is beyond"])
+    return Report(columns, rows, ["held: all of the interval is within the bound; not held: all of it is beyond; of all seeds"])

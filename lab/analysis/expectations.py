@@ -1,7 +1,7 @@
 """What a comparison is expected to give, as its file says it, and whether it did.
 
 An expectation is a bound on one score of one model, or on what that model has more than another. The verdict is by the interval over
-the seeds: all of it within the bound, all of it beyond, or neither.
+the seeds: all of it within the bound, all of it beyond, or neither. Without the score of one of the seeds there is none.
 """
 
 from __future__ import annotations
@@ -109,18 +109,20 @@ def _parse_one(key: Key, item: Any, models: Sequence[str]) -> Expectation:
     return Expectation(**item)
 
 
-def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], missing: Mapping[str, str]) -> Verdict:
-    """scores: {model: {seed: score}} of the runs that have it. missing: {model: why it has none}."""
+def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], missing: Mapping[str, Mapping[int, str]]) -> Verdict:
+    """scores: {model: {seed: score}} of the runs that have it. missing: {model: {seed: why it has none}} of the others: while there are
+    any, nothing can be told, for those that fail may be those that do badly."""
     mine = scores.get(expectation.model, {})
     if expectation.over is not None:
         theirs = scores.get(expectation.over, {})
         values = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
     else:
         values = list(mine.values())
-    if not values:
-        whose = next((name for name in (expectation.model, expectation.over) if name and not scores.get(name)), None)
-        return Verdict("cannot tell", None, f"{whose}: {missing.get(whose, 'no run is done')}" if whose else "no seed is done for both")
-    found = estimate(values)
+    found = estimate(values) if values else None
+    names = [name for name in (expectation.model, expectation.over) if name and missing.get(name)]
+    if names:
+        return Verdict("cannot tell", found, "; ".join(_lacking(name, missing[name], bool(scores.get(name))) for name in names))
+    assert found is not None
     if found.low is None or found.high is None:
         return Verdict("cannot tell", found, "one seed gives no interval")
     low = float("-inf") if expectation.at_least is None else expectation.at_least
@@ -130,3 +132,13 @@ def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], m
     if found.high < low or high < found.low:
         return Verdict("not held", found, None)
     return Verdict("cannot tell", found, "the interval is on both sides of the bound")
+
+
+def _lacking(model: str, missing: Mapping[int, str], others: bool) -> str:
+    """others: whether some seeds of the model have the score."""
+    seeds: dict[str, list[str]] = {}
+    for seed, why in missing.items():
+        seeds.setdefault(why, []).append(str(seed))
+    if len(seeds) == 1 and not others:
+        return f"{model}: {next(iter(seeds))}"
+    return f"{model}: " + "; ".join(f"seed{'s' * (len(those) > 1)} {', '.join(those)}: {why}" for why, those in seeds.items())

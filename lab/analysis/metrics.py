@@ -38,9 +38,13 @@ def run(model: SequenceModel, batch: Batch, state: State = None, *, want: tuple[
     return out
 
 
-def score_names(task: Task) -> list[str]:
-    """What every model is scored by on a task; a model may add its own."""
-    return ["ce_loss", *task.metrics, *(["exact_match_free"] if task.prompt_len is not None else [])]
+def score_names(task: Task, model: SequenceModel | None = None) -> list[str]:
+    """What every model is scored by on a task, and what this one adds."""
+    names = ["ce_loss", *task.metrics, *(["exact_match_free"] if task.prompt_len is not None else [])]
+    if model is None:
+        return names
+    derived = model.derived_metrics({name: torch.zeros(()) for name in model.loss_names})
+    return [*names, *model.loss_names, *(f"mean_{name}" for name in derived)]
 
 
 class TokenScores(Metric):

@@ -15,8 +15,10 @@ examples:
   lab-compare FILE n_jobs=2 threads=1                             two runs at a time, each with one thread
   lab-compare FILE models=mamba,s4d seeds=1,2 trainer.max_steps=100
                                                                   some of its models, these seeds, another value for all of them
+  lab-compare FILE seeds=5                                        five seeds, 1 to 5; seeds=[5] is the seed 5
   lab-compare --show runs/comparisons/induction_heads_1a2b3c4d    the tables, of what is there by now
 
+A word for all models is refused where the file has one for a model on the same key, which would win.
 Each run is a fresh lab-train, then lab-eval on the test split, of the checkpoint that validation chose. A run that fails is a row of the
 table, and the command then exits with 1. An expectation that does not hold is a result: with --check it makes the command exit with 1.
 """
@@ -55,8 +57,7 @@ def _main(arguments: argparse.Namespace) -> None:
             from lab.sweeps.comparison import compare, read
 
             comparison = read(arguments.words)
-        found, folder = compare(comparison)
-        failed = sum(run["status"] != "done" or run["reason"] is not None for run in found["runs"])
+        found, folder, failed = compare(comparison)
         end = f"written to {folder}/comparison.json; lab-compare --show {folder} shows it again"
     for report in tables(found):
         if arguments.format == "rich":

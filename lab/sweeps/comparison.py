@@ -1,7 +1,7 @@
 """A comparison: an experiment whose file says as well which models it is about, with which seeds, and what is expected of them.
 
     models     name: [words of lab-train, ...]      or a list of names, each an option of the group `model`
-    seeds      a list, or how many, from 1 on
+    seeds      a list, or how many, from 1 on; on the command line as well
     expect     a list of expectations (lab/analysis/expectations.py)
 
 Everything else in the file is the experiment that all models have in common. A run is `lab-train` with the words of its model and a
@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from lab.analysis.comparison import FILE, document
 from lab.analysis.expectations import Expectation, parse
 from lab.analysis.metrics import score_names
-from lab.config import ConfigError, MistakeError, check, compose, files
+from lab.config import Composed, ConfigError, MistakeError, check, compose, files, overrides
 from lab.config.defaults import COMPARISON
 from lab.config.errors import hint
 from lab.config.layers import Layer, saying_where
 from lab.config.overrides import SHELL
+from lab.config.tree import Key, dotted, leaves
 from lab.files import write_json
 from lab.sweeps.multirun import OF_A_RUN, Sweep
 from lab.tasks import Task
@@ -81,8 +84,9 @@ class Plan(Sweep):
         return written
 
 
-def compare(comparison: Comparison) -> tuple[dict[str, Any], Path]:
-    """Does what is left of it; the document, and the folder it was written to. Interrupted if a signal ended it."""
+def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
+    """Does what is left of it; the document, the folder it was written to, and how many runs are not trained or not scored. Interrupted
+    if a signal ended it."""
     plan = Plan(comparison.words, comparison.shared, Path(), comparison=comparison)
     folders = sorted({str(plan.job(own).path) for _, _, own in plan.runs})
     plan.path = Path("runs", "comparisons", f"{comparison.name}_{hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:8]}")
@@ -91,7 +95,8 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path]:
             plan.run([own for _, _, own in plan.runs], comparison.n_jobs, comparison.threads)
         finally:
             written = plan.write()
-    return written, plan.path
+        failed = {job["folder"] for job in plan.jobs() if job["reason"]}
+    return written, plan.path, sum(run["status"] != "done" or run["folder"] in failed for run in written["runs"])
 
 
 # ----------------------------------------------------------------------- reading
@@ -99,20 +104,23 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path]:
 
 def read(words: Sequence[str]) -> Comparison:
     """The comparison of FILE (or experiment=NAME) and KEY=VALUE ...; ConfigError, in one sentence, for any mistake in the words or the
-    file that can be known before a model is built."""
+    file that can be known before a run begins."""
     file, shared, own = _sort(words)
     tree, layer = _load(file)
     with saying_where([layer]):
         models, seeds = _models(tree), _seeds(tree)
         expectations = parse(tree.get("expect", []), list(models))
-        chosen, seeds = _chosen(own, models), _integers("seeds", own["seeds"]) if "seeds" in own else seeds
+        chosen, seeds = _chosen(own, models), _typed_seeds(own["seeds"]) if "seeds" in own else seeds
         n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
         check(compose(shared))  # a mistake in what all have in common is not one of a model
-        tasks = {name: _task(name, models[name], shared) for name in chosen}
+        for name in chosen:
+            _check_heard(shared, name, models[name], layer.name)
+        composed = {name: _composed(name, models[name], shared) for name in chosen}
+        tasks: dict[str, Task] = {name: _built("task", name, composed[name]) for name in chosen}
         for index, expectation in enumerate(expectations):
             for name in (expectation.model, expectation.over):
                 if name in tasks:
-                    _check_score(("expect", index), expectation, tasks[name])
+                    _check_score(("expect", index), expectation, tasks[name], name, composed[name])
         first = next(iter(tasks.values()))
         for name, task in tasks.items():
             if task.seq_len != first.seq_len:
@@ -146,7 +154,7 @@ def _sort(words: Sequence[str]) -> tuple[Path, list[str], dict[str, str]]:
         elif key == "experiment":
             given.append((word, files.option_file(files.options(), "experiment", value, SHELL)))
         elif key in OPTIONS:
-            own[key] = value.strip("[]")
+            own[key] = value
         elif key in OF_A_RUN or key == "seed":
             reason = OF_A_RUN.get(key, "seeds=1,2,3 says which there are")
             raise ConfigError(f"{key} ({SHELL}): not of a comparison: {reason}")
@@ -196,17 +204,20 @@ def _seeds(tree: Mapping[str, Any]) -> list[int]:
 
 
 def _chosen(own: Mapping[str, str], models: Mapping[str, Any]) -> list[str]:
-    names = own["models"].split(",") if "models" in own else list(models)
+    names = own["models"].strip("[]").split(",") if "models" in own else list(models)
     for name in names:
         if name not in models:
             raise ConfigError(f"models ({SHELL}): there is no model {name} in the file{hint(name, models, 'there are')}")
     return names
 
 
-def _integers(key: str, text: str) -> list[int]:
-    numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"{key} ({SHELL}): expected different whole numbers, as {key}=1,2,3, got {text}")
+def _typed_seeds(text: str) -> list[int]:
+    """As in the file: a bare number is how many, and a list, with brackets or a comma, names them."""
+    if text.isdecimal() and int(text) >= 1:
+        return list(range(1, int(text) + 1))
+    numbers = [number.strip() for number in text.strip("[]").split(",")]
+    if text.isdecimal() or not all(number.isdecimal() for number in numbers) or len({int(number) for number in numbers}) < len(numbers):
+        raise ConfigError(f"seeds ({SHELL}): expected different seeds, as seeds=1,2,3 or seeds=[3], or how many, as seeds=3, got {text}")
     return [int(number) for number in numbers]
 
 
@@ -216,23 +227,49 @@ def _positive(key: str, text: str) -> int:
     return int(text)
 
 
-def _task(name: str, words: list[str], shared: list[str]) -> Task:
-    """The task of a model's runs, built; a mistake in the words of the model is told as one of the file."""
-    try:
+def _composed(name: str, words: list[str], shared: list[str]) -> Composed:
+    """The config of a model's runs; a mistake in the words of the model is told as one of the file."""
+    with _saying_whose(name):
         composed = compose([*shared, *words])
         check(composed)
-        with composed.saying_where():
-            task: Task = build_node("task", composed.config["task"], None)
+    return composed
+
+
+def _built(node: str, name: str, composed: Composed) -> Any:
+    with _saying_whose(name), composed.saying_where():
+        return build_node(node, composed.config[node], None)
+
+
+@contextmanager
+def _saying_whose(name: str) -> Iterator[None]:
+    try:
+        yield
     except ConfigError as error:
         raise MistakeError(("models", name), str(error).replace(f" ({SHELL})", "")) from None
-    return task
 
 
-def _check_score(key: tuple[Any, ...], expectation: Expectation, task: Task) -> None:
-    names = score_names(task)
-    if expectation.name not in names:
-        kind = type(task).__name__
-        raise MistakeError((*key, "metric"), f"{kind} has no score {expectation.name}{hint(expectation.name, names, 'it has')}")
+def _check_heard(shared: list[str], name: str, words: list[str], file: str) -> None:
+    """ConfigError for a word of the command line that the words of a model would override."""
+    with _saying_whose(name):
+        given, mine = overrides.read(shared), overrides.read(words)
+    its_own = _places(mine.values)
+    unheard = [choice for choice in given.choices if choice in mine.choices]
+    unheard += [dotted(key) for key in _places(given.values) if any(key[: len(own)] == own[: len(key)] for own in its_own)]
+    if unheard:
+        raise ConfigError(f"{unheard[0]} ({SHELL}): {name} has a word of its own for it in {file}; change that one, or leave out {name}")
+
+
+def _places(values: Iterable[Override]) -> list[Key]:
+    """The places that words set: of a dict, which is merged into what is there, those of its values."""
+    return [key for value in values for key, _ in leaves(value.value(), tuple(value.key_or_group.split(".")))]
+
+
+def _check_score(key: tuple[Any, ...], expectation: Expectation, task: Task, model: str, composed: Composed) -> None:
+    if expectation.name not in score_names(task):  # a loss of the model's own, perhaps
+        names = score_names(task, _built("model", model, composed))
+        if expectation.name not in names:
+            problem = f"{model} has no score {expectation.name} on {type(task).__name__}"
+            raise MistakeError((*key, "metric"), problem + hint(expectation.name, names, "it has"))
     length = expectation.input_length(task.seq_len)
     lengths = [task.seq_len * scale for scale in sorted({1, *task.eval_lengths})]
     if length not in lengths:
