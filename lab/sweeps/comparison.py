@@ -113,8 +113,8 @@ def read(words: Sequence[str]) -> Comparison:
         chosen, seeds = _chosen(own, models), _typed_seeds(own["seeds"]) if "seeds" in own else seeds
         n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
         check(compose(shared))  # a mistake in what all have in common is not one of a model
-        for name in chosen:
-            _check_heard(shared, name, models[name], layer.name)
+        for model in chosen:
+            _check_heard(shared, model, models[model], layer.name)
         composed = {name: _composed(name, models[name], shared) for name in chosen}
         tasks: dict[str, Task] = {name: _built("task", name, composed[name]) for name in chosen}
         for index, expectation in enumerate(expectations):
