@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGES = {
+    "gguf": "gguf",
     "laminarnet": "laminarnet",
     "mambapy": "mambapy",
     "s5": "s5-pytorch",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def script(tmp_path):
     """script("bench_ops", *arguments) -> what it printed and its JSON, without the peers even where they are installed."""
-    for module in ("laminarnet", "mambapy", "s5", "transformers"):
+    for module in ("gguf", "laminarnet", "mambapy", "s5", "transformers"):
         (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
     paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
@@ -107,3 +107,30 @@ def test_far_out(script):
     near, far = report["far"]
     assert near["state_bytes"] == far["state_bytes"] > 0 and far["position"] > near["position"] and far["ratio"] == far["ms"] / near["ms"]
     assert "state, bytes" in printed
+
+
+GGUF = """
+class GGUFWriter:
+    def __init__(self, file, architecture):
+        self.file, self.lines = file, []
+    def __getattr__(self, name):
+        return lambda *values: self.lines.append(" ".join([name, *(str(getattr(value, "shape", value)) for value in values)]))
+    def close(self):
+        open(self.file, "w").write("\\n".join(self.lines))
+"""
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
+def test_llama_cpp(script, tmp_path):
+    program, seen = tmp_path / "llama-bench", tmp_path / "seen"
+    answers = json.dumps([{"n_gen": 0, "avg_ts": 50.0}, {"n_gen": 16, "avg_ts": 4.0}])
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {seen}\ncat $2 >> {seen}\necho '{answers}'\n")
+    program.chmod(0o755)
+    (tmp_path / "gguf.py").write_text(GGUF)
+    printed, report = script("bench_llama_cpp", str(program))
+    decoding, prefill = report["rows"]
+    assert decoding["llama_cpp"] == 4 and prefill["llama_cpp"] == 50 and "llama.cpp" in printed
+    assert decoding["ratio"] == decoding["lab"] / 4 == decoding["lowest"] == decoding["highest"]
+    told = seen.read_text()
+    assert "-t 1 -p 8 -n 16 -r 1 -o json" in told
+    assert "add_tensor blk.0.ssm_conv1d.weight (64, 4)" in told and "add_tensor blk.0.ssm_a (64, 16)" in told

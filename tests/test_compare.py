@@ -15,6 +15,7 @@ from lab.cli import compare as lab_compare
 from lab.config import compose
 from lab.files import write_json
 from lab.sweeps import comparison, multirun
+from lab.sweeps.job import EVAL, Job
 from lab.sweeps.pool import environment
 from lab.training.run import Interrupted, Run
 
@@ -269,6 +270,17 @@ def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
     assert run("tiny.yaml") == 0 and player.calls == ["train mamba 1"]
     assert run("tiny.yaml", "--check") == 1 and player.calls == ["train mamba 1"]
     assert "2 of 2 expectations did not hold: mamba: test/exact_match at 2x >= 0.9 (not held); mamba - attention" in capsys.readouterr().err
+
+
+def test_other_lengths_score_the_same_runs_again_and_train_none(player):
+    assert run("tiny.yaml", "models=mamba", "seeds=[1]") == 0 and player.calls == ["train mamba 1"]
+    folder = Path(found()["runs"][0]["folder"])
+    for lengths, scored in ([1, 2], None), ([2], None), ([1, 4], [1, 2, 4]), ([1, 8], [1, 2, 8]):
+        composed = compose(["--config=tiny.yaml", "model=mamba", "seed=1", f"task.eval_lengths={lengths}"])
+        job = Job(["--config=tiny.yaml"], ["model=mamba", "seed=1", f"task.eval_lengths={lengths}"], composed)
+        assert job.path == folder
+        asked = [f"task.eval_lengths={scored}"]
+        assert job.next_command() == (None if scored is None else [EVAL, str(folder), *asked]), "those scored before stay"
 
 
 def test_what_it_writes_and_prints(player, capsys):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lab
 from lab.analysis import conformance
-from lab.layers import Sinusoidal
+from lab.layers import MLP, MoE, Sinusoidal
 from lab.mixers import Attention, CrossAttention, MambaLayer
 from lab.mixers.masks import slopes
 from lab.models import Stack, TransformerDecoderLayer, TransformerEncoderLayer, TransformerModel, initialise
@@ -207,12 +207,19 @@ def mamba_decoder() -> Stack:
     [
         *(partial(seq2seq, position=position) for position in ("sinusoidal", "rope", "alibi", "none")),
         partial(seq2seq, window=2, tied=True),
+        partial(seq2seq, feed_forward=partial(MoE, d_ff=24, n_experts=3), d_ff=0),
         mamba_decoder,
     ],
-    ids=["sinusoidal", "rope", "alibi", "none", "window", "mamba"],
+    ids=["sinusoidal", "rope", "alibi", "none", "window", "experts", "mamba"],
 )
 def test_encoder_decoders_conform(make):
     conform(make)
+
+
+def test_experts_of_the_decoder_leave_the_encoder_its_mlps():
+    model = seq2seq(feed_forward=partial(MoE, d_ff=24, n_experts=3), d_ff=0)
+    assert all(isinstance(block.mlp, MoE) for block in model.blocks) and model.loss_names == ("balance", "entropy", "z")
+    assert all(isinstance(block.mlp, MLP) and block.mlp.up.out_features == 4 * 16 for block in model.encoder.blocks)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from lab.config.tree import dotted, leaves
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.reuse_memory",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.log_layer_grad_norms", "logger", "run_dir", "resume", "fresh",
-    "task.reference",
+    "task.reference", "task.eval_lengths",
 )  # fmt: skip
 """Keys that do not make another experiment."""
 WATCHERS = ("lab.training.Progress", "lab.training.Phases", "lab.training.Attention", "lab.training.StateSpaces", "lab.training.Experts")

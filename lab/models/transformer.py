@@ -11,11 +11,12 @@ B = batch, L = length of the target, S = length of the source, D = d_model, V = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
-from lab.layers import MLP
+from lab.layers import MLP, FeedForward
 from lab.mixers import Attention, CrossAttention, Output, State
 from lab.mixers.masks import MaskConvention, may_attend
 from lab.models.block import Block
@@ -74,7 +75,8 @@ class TransformerModel(Stack):
     vocab_size: of both sides, None for floats (B, S, D) and (B, L, D). n_encoder_layers: None: n_layers. d_ff: None: 4 d_model.
     source_max_len: None: max_len. attention_dropout: on the attention weights. position: of both sides; learned, sinusoidal, rope (turns q
     and k within each side), alibi or none. window: of the attention of both sides within themselves. source_vocab_size: where that of the
-    source is another."""
+    source is another. feed_forward: in place of the MLP of the decoder's blocks; d_ff must then be 0 or None, and the MLPs of the
+    encoder are 4 d_model wide, since an encoder with auxiliary losses cannot be trained."""
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class TransformerModel(Stack):
         window: int | None = None,
         source_vocab_size: int | None = None,
         tied: bool = False,
+        feed_forward: Callable[..., FeedForward] | None = None,
         mask_convention: MaskConvention | None = None,
     ) -> None:
         attention = partial(Attention, n_heads=n_heads, dropout=attention_dropout, window=window, mask_convention=mask_convention)
@@ -100,7 +103,7 @@ class TransformerModel(Stack):
             d_model,
             n_layers if n_encoder_layers is None else n_encoder_layers,
             partial(attention, bidirectional=True),
-            d_ff=d_ff,
+            d_ff=d_ff if feed_forward is None else None,
             dropout=dropout,
             max_len=max_len if source_max_len is None else source_max_len,
             position=position,
@@ -116,6 +119,7 @@ class TransformerModel(Stack):
             max_len=max_len,
             position=position,
             tied=tied,
+            feed_forward=feed_forward,
             encoder=encoder,
             cross=partial(CrossAttention, n_heads=n_heads, dropout=attention_dropout, mask_convention=mask_convention),
         )

@@ -6,8 +6,10 @@ import json
 import re
 import shlex
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab.analysis.report import best_validation, read
 from lab.config import Composed, first_difference
@@ -49,7 +51,7 @@ class Job:
         if after is None and (fresh or not self._is_done(run)):
             plain = re.fullmatch(r"[\w./-]+", str(self.path))
             return [TRAIN, *self.shared, *self.own, f"run_dir={self.path if plain else quote(str(self.path))}"]
-        return None if after == EVAL or self._is_evaluated() else [EVAL, str(self.path), *self._trust()]
+        return None if after == EVAL or self._is_evaluated() else [EVAL, str(self.path), *self._lengths(), *self._trust()]
 
     def _is_done(self, run: Run) -> bool:
         try:
@@ -63,12 +65,26 @@ class Job:
         if task.get("test", self) is None:  # task=dataset without a test split
             return True
         try:
-            scores = json.loads((self.path / "eval" / "test-best.json").read_text())
+            scores = self._scores()
             stride = scores.get("data", {}).get("stride")  # lab-eval may have been told another than the config's
             as_configured = stride is None or stride == (task.get("eval_stride") or task["seq_len"])
+            longer = {str(task["seq_len"] * scale) for scale in task.get("eval_lengths") or () if scale != 1}
+            as_configured &= longer <= set(scores.get("by_length", ()))
             return bool(scores["step"] == best_validation(self.path)["step"] and as_configured)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not as lab-eval writes it
             return False
+
+    def _scores(self) -> Any:
+        return json.loads((self.path / "eval" / "test-best.json").read_text())
+
+    def _lengths(self) -> list[str]:
+        """The word that asks for the lengths of this config, with those that were scored for another, if the run's own are not all."""
+        task = self.composed.config["task"]
+        asked = set(task.get("eval_lengths") or ())
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            asked |= {int(length) // task["seq_len"] for length in self._scores()["by_length"]}
+        own = Run(self.path).config()["task"].get("eval_lengths") if asked else None
+        return [] if own is None or asked <= set(own) else [f"task.eval_lengths={sorted(asked)}"]
 
     def _trust(self) -> list[str]:
         """The user typed this config, so lab-eval may call what it names."""
