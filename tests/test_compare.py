@@ -403,7 +403,7 @@ def test_two_real_runs(monkeypatch, capsys):
     assert [each["verdict"] for each in document["expectations"]] == ["held", "not held", "held"]
     assert all(run["seconds"] > 0 and run["status"] == "done" for run in document["runs"])
     steps, tokens, seconds = ([p for p in line["points"]] for line in document["curves"] if line["metric"] == "val/ce_loss")
-    assert [point[:2] for point in steps] == [[6, 2], [12, 2]] and [point[0] for point in tokens] == [6 * 8 * 16, 12 * 8 * 16]
+    assert [point[:2] for point in steps] == [[6, 2], [12, 2]] and [point[0] for point in tokens] == [6 * 8 * 8, 12 * 8 * 8]
     assert 0 < seconds[0][0] < seconds[1][0] < document["runs"][0]["seconds"] and steps[0][3] < steps[0][2] < steps[0][4]
     values = document["expectations"][0]["values"]["lot"]
     assert values["3"] != values["4"]
