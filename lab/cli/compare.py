@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from lab.cli import Parser, run, starting
 
-USAGE = "lab-compare FILE [KEY=VALUE ...] [--check] [--format rich|markdown]   or   lab-compare --show FOLDER"
+USAGE = "lab-compare FILE|experiment=NAME [models=A,B] [KEY=VALUE ...] [--check] [--format rich|markdown]   or   --show FOLDER"
 EXAMPLES = """\
 examples:
+  lab-compare experiment=copy_reverse_small models=lot,mamba seeds=8
+                                                                  two models of configs/model on any experiment, with eight seeds
   lab-compare experiments/repro/induction_heads.yaml              what its file says; the same command again does what is left
   lab-compare experiment=repro/induction_heads                    the same by its name
   lab-compare FILE n_jobs=2 threads=1                             two runs at a time, each with one thread
