@@ -67,17 +67,22 @@ def profile(
     subjects: Sequence[Subject],
     lengths: Sequence[int],
     repeats: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     peak: Peak = measuring.peak,
     say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """A model is left out from the length on at which it wants more memory than there is. ConfigError for a length beyond its own."""
+    """clock: None takes the CPU's time on one thread, which other processes do not lengthen, and that of the wall on several. A model is
+    left out from the length on at which it wants more memory than there is. ConfigError for a length beyond its own."""
+    one_thread = torch.get_num_threads() == 1
+    clock = clock or (time.process_time if one_thread else time.perf_counter)
     models = {subject.name: subject.make() for subject in subjects}
     for name, model in models.items():
         if model.max_len is not None and model.max_len < max(lengths) + WORTH:
             raise ConfigError(f"{name} was built for {model.max_len} tokens; --lengths {max(lengths)} needs {WORTH} more than that")
     figures: dict[str, dict[str, list[Any]]] = {name: {key: [] for key in QUANTITIES} for name in models}
     too_long: dict[str, int] = {}
+    for model in models.values():
+        training(model, 2)()  # what a first call imports is imported here, not in every forked process
     # Memory first: a forked process inherits nothing that another measurement left behind.
     for subject in subjects:
         for length in lengths:
@@ -109,7 +114,7 @@ def profile(
         "lengths": list(lengths),
         "machine": {
             "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "allocator": allocator.allocator(),
+            "allocator": allocator.allocator(), "clock": "CPU" if one_thread else "wall",
         },
         "models": [
             {

@@ -136,7 +136,7 @@ def _profile(names: Sequence[str], words: Sequence[str], arguments: argparse.Nam
         from lab.analysis.profile import notes, profile, small, table
         from lab.analysis.profile_plot import growth
         from lab.analysis.subjects import subjects
-        from lab.files import write_json
+        from lab.files import atomic, write_json
 
     models = subjects(names, words, **small(lengths))
     _force(arguments.overrides)
@@ -146,7 +146,8 @@ def _profile(names: Sequence[str], words: Sequence[str], arguments: argparse.Nam
     write_json(folder / "profile.json", found)
     figure = growth(found)
     for ending in ("png", "svg"):
-        figure.savefig(folder / f"profile.{ending}", dpi=150)
+        with atomic(folder / f"profile.{ending}") as file:
+            figure.savefig(file, format=ending, dpi=150)
     if arguments.format == "json":
         print(json.dumps(found, indent=1))
         return
