@@ -55,10 +55,13 @@ def checkup(subject: Subject, say: Callable[[str], None] = lambda what: None) ->
     }
 
 
-CHECKS: dict[str, Callable[..., None]] = {
-    check.__name__.removeprefix("check_"): check
-    for check in (*conformance.CHECKS, conformance.check_borders, conformance.check_checkpoint, conformance.check_source)
-}
+_FUNCTIONS: tuple[Callable[..., None], ...] = (
+    *conformance.CHECKS,
+    conformance.check_borders,
+    conformance.check_checkpoint,
+    conformance.check_source,
+)
+CHECKS = {check.__name__.removeprefix("check_"): check for check in _FUNCTIONS}
 
 
 def why_not(name: str, model: SequenceModel) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from lab.analysis.plots import SIZE, Plot
@@ -23,8 +24,7 @@ PANELS = {
 
 def growth(found: Mapping[str, Any]) -> Plot:
     """A panel for each quantity, a colour for each model: measured points, the fitted line, and the exponent in the legend."""
-    figure = Plot(figsize=(10.5, 6.4), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06)
+    figure = Plot(figsize=(10.5, 6.4), dpi=100, layout=ConstrainedLayoutEngine(hspace=0.06))
     lengths = np.array(found["lengths"], dtype=float)
     colours = matplotlib.color_sequences["tab10"]
     for axes, (key, (title, unit)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
