@@ -52,7 +52,8 @@ def growth(found: Mapping[str, Any]) -> Plot:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        low, high = axes.get_ylim()
+        drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata()).tolist()] or [1.0]
+        low, high = min(drawn) / 1.5, max(drawn) * 1.5  # matplotlib's own are singular where all values are equal
         if high / low < 100:  # at most two powers of ten to write down
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
