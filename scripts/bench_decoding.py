@@ -27,12 +27,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lab import ops
+from lab.analysis import measuring
+from lab.analysis.profile import compiled_steps, eager_steps
 from lab.files import write_json
 from lab.layers import MoE
 from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
 from lab.models import Stack, initialise
 from lab.models.base import evaluating
-from lab.models.decoding import Continuation
 from lab.ops import native
 from lab.ops.interpreter import Loaded
 from lab.ops.program import Program
@@ -90,32 +91,6 @@ def state_at(model: Stack, position: int) -> Any:
     return state
 
 
-def compiled(model: Stack, state: Any) -> Callable[[], object]:
-    """TOKENS steps, each time from the same position."""
-    c = Continuation(model, state, torch.zeros(1, VOCABULARY), 1 + 64)
-    assert isinstance(c.program, Program), c.program
-    run, token = Loaded(c.program), torch.zeros(1, dtype=torch.long)
-
-    def steps() -> object:
-        run.clock[0], run.left = 0, TOKENS
-        return run.greedy(token, TOKENS)
-
-    return steps
-
-
-def eager(model: Stack, state: Any) -> Callable[[], object]:
-    state = model.reserve(state, TOKENS)
-
-    def steps() -> object:
-        token, now = torch.zeros(1, dtype=torch.long), state
-        for _ in range(TOKENS):
-            out = model(token[:, None], now, want=("state", "in_place"))
-            token, now = out.y[:, 0].argmax(-1), out.state
-        return token
-
-    return steps
-
-
 # ---- the peers' own steps, with the weights of lab's model
 
 
@@ -162,14 +137,14 @@ def by_position(names: list[str], positions: list[int], sizes: tuple[int, int], 
             state = state_at(model, position)
             print(f"{name} at {position}", file=sys.stderr)
             row: benchmark.Row = {"name": name, "position": position}
-            sides = {"compiled": compiled(model, state), "eager": eager(model, state)}
+            sides = {"compiled": compiled_steps(model, state, TOKENS), "eager": eager_steps(model, state, TOKENS)}
             if name == "mamba" and position == positions[0]:
                 for peer, steps in PEERS.items():
                     try:
                         sides[peer] = steps(make(name, *sizes))
                     except ModuleNotFoundError as error:
                         row[peer] = benchmark.missing(error)
-            rates = per_second(benchmark.in_turn(sides, repeats), TOKENS)
+            rates = per_second(measuring.in_turn(sides, repeats), TOKENS)
             yield row | rates | {"ratio": rates["compiled"] / rates["eager"]}
 
 
@@ -183,7 +158,7 @@ def whole_calls(names: list[str], sizes: tuple[int, int], new: int, repeats: int
 
         few = max(1, new // 8)  # the slow side decodes fewer
         sides = {"greedy": partial(call, "native", new), "sampled": partial(call, "native", new, 1.0), "eager": partial(call, "torch", few)}
-        timings = benchmark.in_turn(sides, repeats)
+        timings = measuring.in_turn(sides, repeats)
         rates = {side: (few if side == "eager" else new) * 1e3 / timing.ms for side, timing in timings.items()}
         yield {"name": name, "new": new, **rates, "ratio": rates["greedy"] / rates["eager"]}
 
@@ -199,14 +174,14 @@ def bound(sizes: tuple[int, int], repeats: int) -> benchmark.Row:
         run.left = 1
         return run.step(token)
 
-    ms = benchmark.in_turn({"read": read}, repeats)["read"].ms
+    ms = measuring.in_turn({"read": read}, repeats)["read"].ms
     return {"bytes": 4 * weights, "tokens_per_second": 1e3 / ms, "gigabytes_per_second": 4e-6 * weights / ms}
 
 
 def prefill(names: list[str], sizes: tuple[int, int], length: int, repeats: int) -> Iterator[benchmark.Row]:
     for name in names:
         model, tokens = make(name, *sizes), torch.randint(0, VOCABULARY, (1, length))
-        timing = benchmark.in_turn({name: partial(model, tokens, want=("state", "last"))}, repeats)[name]
+        timing = measuring.in_turn({name: partial(model, tokens, want=("state", "last"))}, repeats)[name]
         yield {"name": name, "length": length, "ms": timing.ms, "spread": timing.spread}
 
 
@@ -221,7 +196,7 @@ def crossing(rows: list[benchmark.Row], one: str, other: str, side: str) -> str:
     return f"{side}: {one} is faster than {other} {said} ({ratios})"
 
 
-def per_second(timings: Mapping[str, benchmark.Timing], tokens: int) -> dict[str, float]:
+def per_second(timings: Mapping[str, measuring.Timing], tokens: int) -> dict[str, float]:
     return {side: tokens * 1e3 / timing.ms for side, timing in timings.items()}
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lab.analysis import measuring
 from lab.files import write_json
 from lab.models import SequenceModel
 from lab.models.base import evaluating
@@ -57,7 +58,7 @@ def rows(name: str, sizes: tuple[int, int], positions: tuple[int, ...], repeats:
     model = lab_model(name, *sizes).eval()
     print(f"{name}: {positions[-1]:,} tokens", file=sys.stderr)
     states = states_at(model, positions)
-    timings = benchmark.in_turn({str(at): steps(model, state) for at, state in zip(positions, states, strict=True)}, repeats)
+    timings = measuring.in_turn({str(at): steps(model, state) for at, state in zip(positions, states, strict=True)}, repeats)
     for at, state in zip(positions, states, strict=True):
         timing = timings[str(at)]
         bytes_of = sum(t.nbytes for t in pytree.tree_leaves(state))

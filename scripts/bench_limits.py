@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from lab.analysis import measuring
 from lab.files import write_json
 from lab.ops import causal_conv, fft_conv, linear_recurrence, selective_scan
 
@@ -66,7 +67,7 @@ def main() -> None:
 
     def rows(allocator: str) -> dict[str, list[benchmark.Row]]:
         sides = {name: call for name, _, _, call in ceilings(n)} | {name: call for name, _, _, _, call in rates(*shape)}
-        timings = benchmark.in_turn(sides, args.repeats)
+        timings = measuring.in_turn(sides, args.repeats)
         top = {name: units / timings[name].ms * 1e3 for name, _, units, _ in ceilings(n)}
         limits: list[benchmark.Row] = [{"name": name, "unit": unit, "rate": top[name]} for name, unit, _, _ in ceilings(n)]
         for name, against, unit, units, _ in rates(*shape):

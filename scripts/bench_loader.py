@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lab.analysis import measuring
 from lab.config import compose
 from lab.files import write_json
 from lab.tasks import StandardLibrary, TrainLoader
@@ -81,7 +82,7 @@ def rows(name: str, folder: Path, quick: bool, repeats: int) -> Iterator[benchma
     tokens = experiment.trainer.batch_size * split.context
     sides = {name: loading(split, experiment, name == "streams") for name in ("shuffled", "streams")}
     sides["training"] = training(split, experiment)
-    timings = benchmark.in_turn(sides, repeats)
+    timings = measuring.in_turn(sides, repeats)
     per_second = {side: 1e3 * tokens / timing.ms for side, timing in timings.items()}
     for side in ("shuffled", "streams"):
         row: benchmark.Row = {"name": name, "order": side, "batch_size": experiment.trainer.batch_size, "seq_len": split.context}

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab.analysis import measuring
 from lab.files import write_json
 from lab.mixers import MambaLayer, S4DLayer, S5Layer
 from lab.mixers.base import Mixer, Output, State
@@ -166,7 +167,7 @@ class Scout:
         seconds, memory = s1 * longer ** max(1.0, math.log(s1 / s0) / math.log(l1 / l0)), m1 * longer
         if seconds > SLOW:
             return f"left out: a step would take about {seconds:.0f} s"
-        if memory > MEMORY * benchmark.mebibytes("meminfo", "MemAvailable"):
+        if memory > MEMORY * measuring.mebibytes("meminfo", "MemAvailable"):
             return f"left out: a step would need about {memory / 1024:.0f} GiB"
         return None
 
@@ -176,7 +177,7 @@ def peak(make: Callable[[], nn.Module], batch: int, length: int) -> float:
         training_step(make(), 1, 4)()  # what is loaded at the first step does not count
         return training_step(make(), batch, length)
 
-    return benchmark.peak(prepare)
+    return measuring.peak(prepare)
 
 
 def compare(name: str, args: argparse.Namespace) -> list[benchmark.Row]:
@@ -195,13 +196,13 @@ def compare(name: str, args: argparse.Namespace) -> list[benchmark.Row]:
         for length in first:
             step = training_step(make(), batch, length)
             step()
-            scouts[side].note(length, benchmark.seconds(step), peak(make, batch, length))
+            scouts[side].note(length, measuring.seconds(step), peak(make, batch, length))
     rows = []
     for length in lengths:
         notes = missing | {side: note for side, scout in scouts.items() if (note := scout.too_much(length))}
         sides = {side: make() for side, make in makers.items() if side not in notes}
         memory = {side: peak(makers[side], batch, length) for side in sides}
-        timings = benchmark.in_turn({side: training_step(model, batch, length) for side, model in sides.items()}, args.repeats)
+        timings = measuring.in_turn({side: training_step(model, batch, length) for side, model in sides.items()}, args.repeats)
         for side, timing in timings.items():
             scouts[side].note(length, timing.ms / 1e3, memory[side])
         for against in PEERS[name]:
@@ -234,7 +235,7 @@ def growth(name: str, args: argparse.Namespace) -> benchmark.Row:
     make = partial(lab_model, name, *sizes)
     times, memory = [], []
     for length in lengths:
-        times.append(benchmark.in_turn({"lab": training_step(make(), 1, length)}, args.repeats, budget=5.0)["lab"].ms)
+        times.append(measuring.in_turn({"lab": training_step(make(), 1, length)}, args.repeats, budget=5.0)["lab"].ms)
         memory.append(peak(make, 1, length))
     row = {"name": title, "lengths": lengths, "ms": times, "mb": memory}
     return row | {"time_exponent": slope(lengths, times), "memory_exponent": slope(lengths, memory)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lab.analysis import measuring
 from lab.files import write_json
 from lab.mixers import S4DLayer, S4Layer
 from lab.ops import cauchy_kernel, causal_conv, fft_conv, kuramoto_scan, linear_recurrence, selective_scan, ssm_kernel
@@ -229,7 +230,7 @@ def peak(case: Case, small: Case, side: str) -> float:
         runner(small, functions(small)[side], prepared(small))()  # what is loaded at the first call does not count
         return runner(case, functions(case)[side], prepared(case))
 
-    return benchmark.peak(prepare)
+    return measuring.peak(prepare)
 
 
 def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -> list[benchmark.Row]:
@@ -237,7 +238,7 @@ def measure(case: Case, small: Case, missing: Mapping[str, str], repeats: int) -
     sides = {name: function for name, function in functions(case).items() if name not in missing}
     memory = {name: peak(case, small, name) for name in sides}
     inputs = prepared(case)
-    timings = benchmark.in_turn({name: runner(case, f, inputs) for name, f in sides.items()}, repeats)
+    timings = measuring.in_turn({name: runner(case, f, inputs) for name, f in sides.items()}, repeats)
     lab, rows = timings["lab"], []
     for name, function in case.peers.items():
         row = {"name": case.name, "shape": case.shape, "against": name, "note": missing.get(name)}

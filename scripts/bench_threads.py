@@ -16,6 +16,7 @@ import torch
 from bench_ops import Case, cases, prepared, runner, table
 from rich.console import Console
 
+from lab.analysis import measuring
 from lab.files import write_json
 
 
@@ -26,7 +27,7 @@ def measure(case: Case, repeats: int) -> benchmark.Row:
         torch.set_num_threads(count)
         run()
 
-    timings = benchmark.in_turn({"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, repeats, clock=time.perf_counter)
+    timings = measuring.in_turn({"one": partial(with_threads, 1), "two": partial(with_threads, 2)}, repeats, clock=time.perf_counter)
     one, two = timings["one"], timings["two"]
     row: benchmark.Row = {"name": f"{case.name}, 2 threads", "shape": case.shape, "against": "1 thread", "note": "wall clock"}
     return {**row, "lab_ms": two.ms, "peer_ms": one.ms, "ratio": one.ms / two.ms, "spread": one.spread + two.spread}

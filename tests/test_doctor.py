@@ -167,6 +167,10 @@ def test_the_words_are_those_of_a_training(tmp_path, monkeypatch, capsys):
             "ops.fft_conv=of_mine.twice",
             "ops.fft_conv: of_mine.twice must be a lab.ops.backend.Backend; it is of type Op",
         ),
-        ("seed=1", "seed is nothing that lab-doctor asks about; it takes ops.OP=BACKEND, such as ops.selective_scan=torch"),
+        (
+            "seed=1",
+            "seed is nothing that lab-doctor asks about; it takes ops.OP=BACKEND, such as ops.selective_scan=torch; with --model NAME "
+            "also model.KEY=VALUE",
+        ),
     ):
         assert main([word]) == 2 and capsys.readouterr().err == f"lab-doctor: {sentence}\n"

@@ -22,7 +22,16 @@ from lab.sweeps import comparison
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = DOCUMENTS[0].read_text()
-SLOW = ("export.md", "extending.md", "kernels.md", "language_modelling.md", "mixture_of_experts.md", "monitoring.md", "sweeps.md")
+SLOW = (
+    "doctor.md",
+    "export.md",
+    "extending.md",
+    "kernels.md",
+    "language_modelling.md",
+    "mixture_of_experts.md",
+    "monitoring.md",
+    "sweeps.md",
+)
 SHORT = (
     "trainer.max_steps=2", "trainer.val_every=2", "task.n_val=8", "task.n_test=8", "task.n_train=128", "trainer.batch_size=8",
     "model.d_model=16", "task.seq_len=8",
