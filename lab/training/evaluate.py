@@ -50,6 +50,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     document = metrics_document(
         model,
         loaded.identity,
+        seq_len=task.seq_len,
         checkpoint=path.stem,
         split=own["split"],
         step=loaded.step,
@@ -113,6 +114,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
             "code_version": code_version(),
             "git_commit": git_state()[0],
         },
+        seq_len=task.seq_len,
         checkpoint="public weights",
         split=own["split"],
         step=None,

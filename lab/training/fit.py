@@ -200,7 +200,7 @@ def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
 def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:
     best, task = checkpoints.best, experiment.task
     document = metrics_document(
-        module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
+        module.model, module.identity, seq_len=task.seq_len, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
         metrics=best["metrics"], tables=best["tables"], references=task.references("val"), published=task.reference,
         data={**task.facts(), **task.validation().facts()},
     )  # fmt: skip
