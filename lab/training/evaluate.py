@@ -91,7 +91,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
             words.append(word)
     if not any(word.startswith(("--config=", "experiment=", "task=")) for word in words):
         raise ConfigError(f"{folder} is a folder of public weights, which has no task of its own: add task=NAME or experiment=NAME")
-    composed = compose(words)
+    composed = compose(words, matching=False)  # the model is not the config's
     check(composed)
     with composed.saying_where():
         task, trainer = build_node("task", composed.config["task"], None), composed.config["trainer"]
