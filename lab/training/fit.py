@@ -213,6 +213,9 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     print(f"run:   {run.path}")
     print(f"task:  {experiment.task.describe()}")
     print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
+    if experiment.match is not None:
+        told = " ".join(f"{name}={value}" for name, value in experiment.match.items())
+        print(f"match: {told} gave the size of the model")
     if (seen := receptive_field.summary(experiment.model)) is not None:
         print(f"sees:  {seen}")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
