@@ -1,4 +1,4 @@
-"""lab.analysis.cost against counts by hand: a multiply-add is 2, and what works element by element is not counted, but inside of our ops."""
+"""lab.analysis.cost against counts by hand: a multiply-add is 2; what works element by element counts inside of our ops alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lab.mixers.base import Mixer, Output
 from lab.models import Laminar, Stack, TransformerModel
 from lab.models.decoding import DECODE
 from lab.ops.backend import Backend, Op
-from lab.ops.causal_conv import CAUSAL_CONV
 from lab.ops.cauchy_kernel import CAUCHY_KERNEL
+from lab.ops.causal_conv import CAUSAL_CONV
 from lab.ops.dplr_scan import DPLR_SCAN
 from lab.ops.kuramoto_scan import KURAMOTO_SCAN
 from lab.ops.linear_recurrence import LINEAR_RECURRENCE

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lab.training.experiment import build_node
 
 UNITS = {"params": "params", "flops": "FLOPs a token", "state": "bytes of state"}
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
-MOST = 2**14  # candidates that are looked at: where a cost has not reached its target by then, it does not grow with the knob
+MOST = 2**13  # steps of the knob
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def solve(composed: Composed, model_at: Callable[[str, int], Any]) -> Layer:
     current = lookup(composed.config, tuple(knob.split(".")))
     assert current is not None
 
+    @cache
     def at(value: int) -> float | None:
         return _cost(json.dumps(model_at(knob, value)), match.by, length)
 
@@ -127,7 +129,7 @@ def _read(composed: Composed) -> Match:
         raise MistakeError(("match", "knob"), problem)
     for word in composed.overrides:
         if not word.startswith("--") and parse(word).key_or_group == match.knob:
-            raise ConfigError(f"{match.knob} ({SHELL}): match solves it; leave one of them out, or solve another with match.knob")
+            raise ConfigError(f"{match.knob} ({SHELL}): match solves it; leave one out, or solve another key with match.knob")
     return match
 
 
@@ -203,32 +205,40 @@ def _nearest(at: Callable[[int], float | None], target: float, current: int) -> 
     first = next(taken, None)
     if first is None:
         raise NoCandidate(equal=False)
-    second = next(taken, None)
-    step = 1 if second is None else second - first
+    step = next(taken, first + 1) - first
 
     def of(index: int) -> float | None:
         return at(first + index * step)
 
-    low, high = 0, None  # indices of the grid; the cost at `high` reaches the target
-    while high is None and (of(low) or 0) < target:
-        reach = range(max(2 * low, 1), min(max(4 * low, 8), MOST))
-        following = next((index for index in reach if of(index) is not None), None)
-        if following is None:
-            break
-        low, high = (following, None) if (of(following) or 0) < target else (low, following)
-    if high is None and low and of(low) == of(0):
+    def taken_from(index: int) -> tuple[int, float] | None:
+        found = ((i, of(i)) for i in range(index, index + 8))
+        return next(((i, cost) for i, cost in found if cost is not None), None)
+
+    low, high = (0, at(first) or 0.0), taken_from(max((current - first) // step, 1))
+    if high is not None and high[1] == low[1]:
         raise NoCandidate(equal=True)
-    while high is not None and (middle := next((index for index in _outwards(low, high) if of(index) is not None), None)) is not None:
-        low, high = (middle, high) if (of(middle) or 0) < target else (low, middle)
-    costs = {first + index * step: of(index) for index in (low, high) if index is not None}
-    return min(((value, found) for value, found in costs.items() if found is not None), key=lambda one: abs(one[1] - target))
+    while high is not None and high[1] < target:  # twice as wide costs twice as much at least, mostly
+        low, wider = high, min(max(math.ceil(high[0] * target / high[1]), high[0] + 1), 8 * high[0], MOST)
+        high = taken_from(wider) if wider > low[0] else None
+    for turn in count():
+        if high is None or low[1] >= target:
+            break
+        between = range(low[0] + 1, high[0])
+        guess = _power(first, step, low, high, target) if turn % 3 < 2 else (low[0] + high[0]) // 2
+        middle = next(((i, cost) for i in sorted(between, key=lambda i: abs(i - guess)) if (cost := of(i)) is not None), None)
+        if middle is None:
+            break
+        low, high = (middle, high) if middle[1] < target else (low, middle)
+    index, cost = min((one for one in (low, high) if one is not None), key=lambda one: abs(one[1] - target))
+    return first + index * step, cost
 
 
-def _outwards(low: int, high: int) -> Iterator[int]:
-    """The whole numbers between two, those in the middle first."""
-    middle = (low + high) // 2
-    for away in range(high - low):
-        yield from (index for index in dict.fromkeys((middle - away, middle + away)) if low < index < high)
+def _power(first: int, step: int, low: tuple[int, float], high: tuple[int, float], target: float) -> int:
+    """Where the target lies on the power law through two (index, cost)."""
+    a, b = (first + index * step for index, _ in (low, high))
+    exponent = math.log(high[1] / low[1]) / math.log(b / a) if low[1] > 0 else 0.0
+    value = a * (target / low[1]) ** (1 / exponent) if exponent > 0 else (a + b) / 2
+    return min(max(round((value - first) / step), low[0] + 1), high[0] - 1)
 
 
 def _percent(share: float, up: bool = False) -> str:
