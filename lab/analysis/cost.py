@@ -101,15 +101,13 @@ def _of_transform(x: Tensor, dim: list[int], *args: Any, out_val: Tensor, **kwar
     return (5 if numbers.is_complex() else 2.5) * numbers.numel() * math.log2(max(points, 1))
 
 
-FORMULAS: dict[Any, Callable[..., float]] = {
-    getattr(torch.ops.aten, name): _of_transform for name in ("_fft_r2c", "_fft_c2r", "_fft_c2c")
-}  # fmt: skip
+FORMULAS: dict[Any, Callable[..., float]] = {getattr(torch.ops.aten, name): _of_transform for name in ("_fft_r2c", "_fft_c2r", "_fft_c2c")}
 
 
 @contextmanager
 def _without_numbers(counter: Counter) -> Iterator[None]:
     """Within it ops tell shapes alone, nothing is compiled, and nobody notices."""
-    counted = {op.name: Backend("shapes", partial(counter.of_op, op)) for op in ops.every() if op.flops is not None}
+    counted: dict[str, Any] = {op.name: Backend("shapes", partial(counter.of_op, op)) for op in ops.every() if op.flops is not None}
     with unnoticed(), ops.use(**counted), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
         yield
 
