@@ -32,7 +32,11 @@ WIDE = {"h3_attention": 0.07, "laminar": 0.22, "mamba_attention": 0.07, "transfo
 SIZES = ("tiny", "130m", "370m")  # of models that are there by their own name
 
 
-@pytest.mark.parametrize("name", sorted(name for name in options()["model"] if not name.endswith(SIZES)))
+QUICK = ("lot", "mamba", "s5", "transformer_seq2seq")
+NAMES = sorted(name for name in options()["model"] if not name.endswith(SIZES))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES])
 def test_every_model_can_be_matched_to_the_transformer(name):
     more = ["task.source=true"] if name == "transformer_seq2seq" else ["model.n_layers=6"] if name == "h3_attention" else []
     tol = WIDE.get(name, 0.01)
