@@ -59,8 +59,9 @@ def short(words: list[str]) -> list[str]:
         return words
     if any(word.startswith("resume=") for word in words):
         return [*(word for word in words if not word.startswith("trainer.max_steps")), "trainer.max_steps=4"]
-    own_task = any(word.startswith("task=") for word in words)
-    return [*words, *(word for word in SHORT if not (own_task and word.startswith("task.")))]
+    own_task, own_width = (any(word.startswith(start) for word in words) for start in ("task=", "match."))
+    left_out = ("task.",) * own_task + ("model.d_model",) * own_width
+    return [*words, *(word for word in SHORT if not word.startswith(left_out))]
 
 
 def is_variant(words: list[str], document: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lab.config.interpolation import resolve_and_store
 from lab.config.layers import Layer
 from lab.config.overrides import SHELL, Request, read, set_value
 from lab.config.tree import misplaced
+
+SOLVER = "lab.training.matching"  # of `match`; imports torch
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,27 @@ class Composed:
         return layers.saying_where(self.layers)
 
 
-def compose(overrides: list[str]) -> Composed:
-    """The config of these words (overrides.py has the grammar). Raises ConfigError; names and types are left to `check`."""
+def compose(overrides: list[str], matching: bool = True) -> Composed:
+    """The config of these words (overrides.py has the grammar), with the value that its `match` solves, for which torch is imported.
+
+    Raises ConfigError; names and types are left to `check`. matching: False leaves `match` unsolved.
+    """
     request = read(overrides)
     of_files, choices = layers.of_files(request)
-    return _compose(of_files, choices, request, overrides)
+    merged = _merged(of_files, choices, request)
+    made_of = [*of_files, *map(layers.of_word, request.values)]
+    composed = _resolved(merged, made_of, choices, overrides)
+    if not matching or composed.config.get("match") is None:
+        return composed
+
+    def model_at(knob: str, value: int) -> Any:
+        OmegaConf.update(merged, knob, value)
+        return OmegaConf.to_container(merged.model, resolve=True)
+
+    with composed.saying_where():
+        solved = import_module(SOLVER).solve(composed, model_at)
+    merged.merge_with(solved.tree)
+    return _resolved(merged, [*made_of, solved], choices, overrides)
 
 
 def override(stored: dict[str, Any], overrides: list[str], file: Path, choices: dict[str, str]) -> Composed:
@@ -45,16 +64,21 @@ def override(stored: dict[str, Any], overrides: list[str], file: Path, choices: 
     request = read(overrides)
     for key, option in request.choices.items():
         raise ConfigError(f"{key}={option} ({SHELL}): a run keeps its own {key}; only values can be set, such as {key}.KEY=VALUE")
-    return _compose([layers.of_stored(file, stored)], choices, request, overrides)
+    of_run = [layers.of_stored(file, stored)]
+    made_of = [*of_run, *map(layers.of_word, request.values)]
+    return _resolved(_merged(of_run, choices, request), made_of, choices, overrides)
 
 
-def _compose(of_files: list[Layer], choices: dict[str, str], request: Request, overrides: list[str]) -> Composed:
+def _merged(of_files: list[Layer], choices: dict[str, str], request: Request) -> DictConfig:
     config = OmegaConf.merge(*(layer.tree for layer in of_files))
     assert isinstance(config, DictConfig)
     for value in request.values:
         _expect_root_key(config, value, choices)
         set_value(config, value)
-    made_of = [*of_files, *map(layers.of_word, request.values)]
+    return config
+
+
+def _resolved(config: DictConfig, made_of: list[Layer], choices: dict[str, str], overrides: list[str]) -> Composed:
     with layers.saying_where(made_of):
         used, stored = resolve_and_store(config)
     return Composed(used, stored, choices, list(overrides), made_of)

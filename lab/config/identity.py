@@ -11,10 +11,10 @@ from lab.config.tree import dotted, leaves
 
 IRRELEVANT = (
     "trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.num_workers", "trainer.reuse_memory",
-    "trainer.log_every", "trainer.checkpoint_every", "trainer.log_layer_grad_norms", "logger", "run_dir", "resume", "fresh",
+    "trainer.log_every", "trainer.checkpoint_every", "trainer.log_layer_grad_norms", "logger", "run_dir", "resume", "fresh", "match",
     "task.reference", "task.eval_lengths",
 )  # fmt: skip
-"""Keys that do not make another experiment."""
+"""Keys that do not make another experiment. What `match` has solved stands in the model's own key, which does."""
 WATCHERS = ("lab.training.Progress", "lab.training.Phases", "lab.training.Attention", "lab.training.StateSpaces", "lab.training.Experts")
 """Callbacks that change nothing in what is trained."""
 

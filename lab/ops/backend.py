@@ -60,6 +60,7 @@ class Op:
     example: Callable[[], tuple[Any, ...]] | None = None  # small arguments on torch's default device, for lab-doctor
     result: Callable[[Any], Any] = lambda got: got  # what a backend gives as tensors, for lab-doctor
     forms: tuple[str, ...] = ()  # what its last argument may be; lab-doctor computes the example in each
+    flops: Callable[..., float] | None = None  # operations for the arguments of a backend (lab/analysis/cost.py says what counts)
     said: set[str] = field(default_factory=set, compare=False)  # backends whose absence was reported
 
     def __post_init__(self) -> None:
@@ -129,6 +130,16 @@ def forget() -> None:
     """`used` starts afresh: a run reports what it has used itself."""
     for op in _used:
         _used[op] = None
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """What runs inside the block is not in `used`."""
+    before = dict(_used)
+    try:
+        yield
+    finally:
+        _used.update(before)
 
 
 def every() -> tuple[Op, ...]:

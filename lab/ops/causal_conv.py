@@ -122,6 +122,12 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 differentiable_once("causal_conv", native_backend, backward_op, _save, _backward, twice="torch")
+
+
+def flops(x: Tensor, w: Tensor, bias: Tensor, state: Tensor, dilation: int) -> float:
+    return 2 * x.numel() * w.shape[0]
+
+
 CAUSAL_CONV = Op(
     "causal_conv",
     (
@@ -130,4 +136,5 @@ CAUSAL_CONV = Op(
         Backend("reference", reference),
     ),
     example=lambda: (torch.randn(2, 9, 5), torch.randn(4, 5), torch.randn(5), torch.randn(2, 3, 5), 1),
+    flops=flops,
 )

@@ -245,6 +245,15 @@ def _example() -> tuple[Any, ...]:
 
 
 differentiable_once("dplr_scan", forward_op, backward_op, _save, _backward, twice="torch")
+
+
+def flops(
+    u: Tensor, h0: Tensor, d: Tensor, right: Tensor, left: Tensor, b: Tensor, C: Tensor, lengths: Tensor | None
+) -> float:  # fmt: skip
+    """The recurrence, for a token and pair: 8 of h + d h, 4 of b u, 4 of C . h, and 8 of each rank."""
+    return u.numel() * d.shape[1] * (16 + 8 * len(right))
+
+
 DPLR_SCAN = Op(
     "dplr_scan",
     (
@@ -253,4 +262,5 @@ DPLR_SCAN = Op(
         Backend("reference", reference),
     ),
     example=_example,
+    flops=flops,
 )

@@ -11,6 +11,7 @@ Backends
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -109,6 +110,19 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor, ...]:
 
 differentiable_once("fft_conv", forward_op, backward_op, _save, _backward, twice="torch")
 
+
+def flops(u: Tensor, K: Tensor, D: Tensor | None) -> float:
+    """Three real transforms of twice the length, those of u, K and the product, and the product itself, 6 for two complex numbers."""
+    B, L, channels = u.shape
+    n, rows = 2 * L, B * channels
+    return (2 * rows + len(K)) * of_transform(n) + 6 * rows * (L + 1) + (0 if D is None else 2 * u.numel())
+
+
+def of_transform(n: int) -> float:
+    """A real Fourier transform of n numbers: 5/2 n log2 n, half of a complex one's, which radix 2 would need."""
+    return 2.5 * n * math.log2(n) if n > 1 else 0.0
+
+
 FFT_CONV = Op(
     "fft_conv",
     (
@@ -117,4 +131,5 @@ FFT_CONV = Op(
         Backend("reference", reference),
     ),
     example=lambda: (torch.randn(2, 9, 5), torch.randn(5, 9), torch.randn(5)),
+    flops=flops,
 )

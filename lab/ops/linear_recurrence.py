@@ -214,6 +214,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 differentiable_once("linear_recurrence", forward_op, backward_op, _save, _backward, twice="reference")
+
+
+def flops(a: Tensor, x: Tensor, h0: Tensor) -> float:
+    """A multiply-add for each number, 8 for a complex one."""
+    return x.numel() * (8 if x.is_complex() else 2)
+
+
 LINEAR_RECURRENCE = Op(
     "linear_recurrence",
     (
@@ -223,4 +230,5 @@ LINEAR_RECURRENCE = Op(
         Backend("reference", reference),
     ),
     example=lambda: (torch.rand(2, 9, 5), torch.randn(2, 9, 5), torch.randn(2, 5)),
+    flops=flops,
 )

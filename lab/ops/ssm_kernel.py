@@ -94,6 +94,13 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 differentiable_once("ssm_kernel", forward_op, backward_op, _save, _backward, twice="torch")
+
+
+def flops(w: Tensor, c: Tensor, length: int) -> float:
+    """A complex multiply-add for each state and position, the power being carried along."""
+    return 8 * w.shape[0] * w.shape[1] * length
+
+
 SSM_KERNEL = Op(
     "ssm_kernel",
     (
@@ -103,4 +110,5 @@ SSM_KERNEL = Op(
         Backend("reference", reference),
     ),
     example=lambda: (-torch.rand(5, 3, 2), torch.randn(5, 3, 2), 9),
+    flops=flops,
 )

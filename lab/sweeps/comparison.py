@@ -127,7 +127,7 @@ def read(words: Sequence[str]) -> Comparison:
         expectations = parse(tree.get("expect", []), list(models))
         chosen, seeds = _chosen(own, models), _typed_seeds(own["seeds"]) if "seeds" in own else seeds
         n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
-        check(compose(shared))  # a mistake in what all have in common is not one of a model
+        check(compose(shared, matching=False))  # a mistake in what all have in common is not one of a model
         for model in chosen:
             _check_heard(shared, model, models[model], layer.name)
         composed = {name: _composed(name, models[name], shared) for name in chosen}

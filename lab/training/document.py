@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lab import ops
+from lab.analysis.cost import cost, params
 from lab.memory import allocator
 from lab.models import SequenceModel
 from lab.training.provenance import environment
 
+log = logging.getLogger(__name__)
+
 
 def metrics_document(
-    model: SequenceModel, identity: Mapping[str, Any], *, checkpoint: str, split: str, step: int | None, seed: int | None,
+    model: SequenceModel, identity: Mapping[str, Any], *, seq_len: int, checkpoint: str, split: str, step: int | None, seed: int | None,
     metrics: Mapping[str, float],
     tables: Mapping[str, Any], references: Mapping[str, float], published: Mapping[str, Any], data: Mapping[str, Any],
     by_length: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """tables: by_position, and what else `Evaluation` gives. references: scores of the whole split that need no model, in units of the
-    task's first metric; published: those of others, {name: {value, source}}. data: what identifies the data, and
-    how much of the split was scored in which way. step, seed: None of weights that came without them."""
+    """seq_len: of the task; the cost is counted for it. tables: by_position, and what else `Evaluation` gives. references: scores of the
+    whole split that need no model, in units of the task's first metric; published: those of others, {name: {value, source}}. data: what
+    identifies the data, and how much of the split was scored in which way. step, seed: None of weights that came without them."""
     return {
         "task": identity["choices"]["task"],
         "model": identity["choices"]["model"],
         "checkpoint": checkpoint,
         "split": split,
         "step": step,
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": params(model),
+        "cost": _cost(model, seq_len),
         "metrics": dict(metrics),
         "references": dict(references),
         "published": dict(published),
@@ -42,3 +47,12 @@ def metrics_document(
         "backends": ops.used(),
         "env": environment() | {"threads": str(torch.get_num_threads()), "allocator": allocator()},
     }
+
+
+def _cost(model: SequenceModel, seq_len: int) -> dict[str, Any] | None:
+    """None, and a line that says why, of a model that cannot be counted: the scores of a run are not lost for it."""
+    try:
+        return cost(model, seq_len)
+    except (RuntimeError, ValueError, TypeError) as error:
+        log.warning("the cost of this model is not in metrics.json: %s", str(error).partition("\n")[0])
+        return None

@@ -50,6 +50,7 @@ def evaluate_run(target: str, overrides: list[str], trust: list[str], config_fil
     document = metrics_document(
         model,
         loaded.identity,
+        seq_len=task.seq_len,
         checkpoint=path.stem,
         split=own["split"],
         step=loaded.step,
@@ -90,7 +91,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
             words.append(word)
     if not any(word.startswith(("--config=", "experiment=", "task=")) for word in words):
         raise ConfigError(f"{folder} is a folder of public weights, which has no task of its own: add task=NAME or experiment=NAME")
-    composed = compose(words)
+    composed = compose(words, matching=False)  # the model is not the config's
     check(composed)
     with composed.saying_where():
         task, trainer = build_node("task", composed.config["task"], None), composed.config["trainer"]
@@ -113,6 +114,7 @@ def evaluate_pretrained(folder: str, overrides: list[str], config_file: str | No
             "code_version": code_version(),
             "git_commit": git_state()[0],
         },
+        seq_len=task.seq_len,
         checkpoint="public weights",
         split=own["split"],
         step=None,

@@ -36,6 +36,7 @@ class Experiment:
     logger: Any = None
     loss_weights: Mapping[str, Any] = field(default_factory=dict)
     ops: Mapping[str, str] = field(default_factory=dict)
+    match: Mapping[str, Any] | None = None
     seed: int = 42
     run_dir: str | None = None
     resume: str | None = None

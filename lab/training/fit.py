@@ -200,7 +200,7 @@ def _job(run: Run, trainer: pl.Trainer) -> Iterator[None]:
 def _finish(run: Run, experiment: Experiment, module: LabModule, checkpoints: Checkpoints) -> None:
     best, task = checkpoints.best, experiment.task
     document = metrics_document(
-        module.model, module.identity, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
+        module.model, module.identity, seq_len=task.seq_len, checkpoint="best", split="val", step=best["step"], seed=experiment.seed,
         metrics=best["metrics"], tables=best["tables"], references=task.references("val"), published=task.reference,
         data={**task.facts(), **task.validation().facts()},
     )  # fmt: skip
@@ -213,6 +213,9 @@ def _say_what_starts(run: Run, experiment: Experiment, first_step: int) -> None:
     print(f"run:   {run.path}")
     print(f"task:  {experiment.task.describe()}")
     print(f"model: {run.hparams()['choices']['model']}, {parameters:,} parameters")
+    if experiment.match is not None:
+        told = " ".join(f"{name}={value}" for name, value in experiment.match.items())
+        print(f"match: {told} gave the size of the model")
     if (seen := receptive_field.summary(experiment.model)) is not None:
         print(f"sees:  {seen}")
     print(f"steps: {first_step} to {experiment.max_steps}, {experiment.steps_per_epoch} an epoch", flush=True)
