@@ -57,10 +57,13 @@ def test_a_killed_run_goes_on_bit_by_bit(killer, command, number, at, workers, c
     expected, got = tensors(whole.last), tensors(run.last)
     assert expected.keys() == got.keys() and any("averag" in name for name in got) and any("random_states" in name for name in got)
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    drop = {"train/tokens_per_second"}
+    drop = {"train/tokens_per_second", "train/seconds"}
     assert [{k: v for k, v in row.items() if k not in drop} for row in rows("run")] == [
         {k: v for k, v in row.items() if k not in drop} for row in rows("whole")
     ]
+    seconds = [row["train/seconds"] for row in rows("run") if "train/seconds" in row]
+    assert len(seconds) > 1 and seconds == sorted(seconds) and seconds[0] > 0  # they go on where the checkpoint stood
+    assert [row["train/tokens"] for row in rows("run") if "train/tokens" in row][-1] == 12 * 8 * 16
 
 
 def test_resume_by_the_stored_config_alone(killer, command):

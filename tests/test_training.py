@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_does(ragged, command, model, killed_at):
     for a, b in zip(one, rows("two"), strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
         for name in a:
-            if name != "train/tokens_per_second":
+            if name not in ("train/tokens_per_second", "train/seconds"):
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
     for name, value in weights(Run("one")).items():
         torch.testing.assert_close(weights(Run("two"))[name], value, rtol=1e-5, atol=1e-5)

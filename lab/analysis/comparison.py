@@ -7,12 +7,15 @@ import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.analysis.expectations import Expectation, judge
+from lab.analysis.curves import curves
+from lab.analysis.expectations import Expectation, judge, lacking
+from lab.analysis.pairs import pairs
 from lab.analysis.report import Report, best_validation, number, read
-from lab.analysis.statistics import METHOD, Estimate, estimate
+from lab.analysis.statistics import METHOD, TEST, Estimate, estimate
 from lab.files import unlike
 from lab.training.provenance import now
 from lab.training.run import Run, RunError
@@ -27,25 +30,31 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
     """runs: {model, seed, words, folder, reason} of each; reason is why its process failed."""
     found = [_run(run, comparison.seq_len) for run in runs]
     lengths = {"val": [comparison.seq_len], "test": comparison.lengths}
-    summary = []
-    for model in comparison.models:
-        for metric in comparison.metrics:
-            for length in lengths[metric.partition("/")[0]]:
-                values = _values(found, model, metric, length)
+    summary, compared = [], []
+    for metric in comparison.metrics:
+        for length in lengths[metric.partition("/")[0]]:
+            scores = {model: _values(found, model, metric, length) for model in comparison.models}
+            for model, values in scores.items():
                 if values:
                     line = {"model": model, "metric": metric, "length": length, "seeds": list(values), "values": list(values.values())}
                     summary.append(line | estimate(list(values.values()))._asdict())
+            compared += pairs(scores, metric, length, len(comparison.seeds))
+    validated = dict.fromkeys(f"val/{name.partition('/')[2]}" for name in (*comparison.metrics, "val/ce_loss"))
+    folders = {model: [Path(run["folder"]) for run in found if run["model"] == model and run["status"] == "done"] for model in comparison.models}
     return {
         "name": comparison.name,
         "command": shlex.join(["lab-compare", *comparison.words]),
         "written": now(),
         "method": METHOD,
+        "test": TEST,
         "models": comparison.models,
         "seeds": comparison.seeds,
         "seq_len": comparison.seq_len,
         "metrics": comparison.metrics,
         "runs": found,
         "summary": summary,
+        "pairs": compared,
+        "curves": curves(folders, validated),
         "expectations": [_judged(expectation, comparison, found) for expectation in comparison.expectations],
     }
 
@@ -113,16 +122,20 @@ def _missing(model: str, expectation: Expectation, length: int, runs: list[dict[
 
 
 def _why_missing(run: Mapping[str, Any], expectation: Expectation, length: int) -> str:
-    if run["status"] == "not begun":
-        return "not run yet"
     if run["status"] != "done":
-        return f"{run['status']}: {run['reason']}" if run["reason"] else str(run["status"])
+        return _not_done(run)
     scores = run["val"] if expectation.split == "val" else run["test"].get(str(length), {})
     if isinstance(scores, str):
         return scores
     if expectation.name in scores:
         return "not a finite number"
     return f"not scored: {run['reason']}" if run["reason"] and not scores else "not scored"
+
+
+def _not_done(run: Mapping[str, Any]) -> str:
+    if run["status"] == "not begun":
+        return "not run yet"
+    return f"{run['status']}: {run['reason']}" if run["reason"] else str(run["status"])
 
 
 # ----------------------------------------------------------------------- tables
@@ -139,14 +152,16 @@ def load(folder: str) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from error
     types = {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str, "seq_len": int}
+    types |= {"pairs": list, "curves": list, "seeds": list, "test": str}
     if wrong := unlike(found, types):
         raise RunError(f"{path} is not a comparison of lab: {wrong}")
     return dict(found)
 
 
 def tables(found: Mapping[str, Any]) -> list[Report]:
-    """The runs, the models, and what was expected of them."""
-    return [_of_runs(found), _of_models(found), *([_of_expectations(found)] if found["expectations"] else [])]
+    """The runs, the models, each two of them, and what was expected of them."""
+    more = [_of_pairs(found)] if found["pairs"] else []
+    return [_of_runs(found), _of_models(found), *more, *([_of_expectations(found)] if found["expectations"] else [])]
 
 
 def unmet(found: Mapping[str, Any]) -> list[str]:
@@ -154,13 +169,13 @@ def unmet(found: Mapping[str, Any]) -> list[str]:
     return [f"{each['text']} ({each['verdict']})" for each in found["expectations"] if each["verdict"] != "held"]
 
 
-def interval(line: Mapping[str, Any]) -> str:
+def interval(line: Mapping[str, Any], of: str = "mean") -> str:
     """0.981 [0.95, 1.01]; the mean alone where there is no interval."""
     if not line["n"]:
         return ""
     if line["low"] is None:
-        return f"{line['mean']:.3f} (n 1)"
-    return f"{line['mean']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+        return f"{line[of]:.3f} (n 1)"
+    return f"{line[of]:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
 
 
 def _of_runs(found: Mapping[str, Any]) -> Report:
@@ -185,19 +200,37 @@ def _of_models(found: Mapping[str, Any]) -> Report:
     for model in found["models"]:
         done = [run for run in found["runs"] if run["model"] == model and run["status"] == "done"]
         seconds = [run["seconds"] for run in done if run["seconds"] is not None]
-        row: dict[str, Any] = {"model": model, "params": done[0]["params"] if done else None, "n": len(done)}
+        missing = len(found["seeds"]) - len(done)
+        row: dict[str, Any] = {"model": model, "params": done[0]["params"] if done else None}
+        row["n"] = f"{len(done)} of {len(found['seeds'])}" if missing else len(done)
         row["seconds a run"] = round(sum(seconds) / len(seconds)) if seconds else None
         lines = {(line["metric"], line["length"]): line for line in summary if line["model"] == model}
         for metric, length in places:
-            cell = interval(lines[metric, length]) if (metric, length) in lines else next(
+            line = lines.get((metric, length))
+            cell = interval(line) if line else next(
                 (run["test"][str(length)].partition(" (")[0] for run in done if isinstance(run["test"].get(str(length)), str)), ""
             )  # fmt: skip
-            row[f"{metric} at {length}" if metric in several else metric] = cell
+            few = f"; {line['n']} of {len(found['seeds'])} seeds" if line and line["n"] < len(found["seeds"]) else ""
+            row[f"{metric} at {length}" if metric in several else metric] = cell + few
         rows.append(row)
     references = {f"{name} {number(value)}" for run in found["runs"] for name, value in run["references"].items()}
     notes = [found["method"] + "; scores of the checkpoint that validation chose; seconds of training"]
+    without = {model: {run["seed"]: _not_done(run) for run in found["runs"] if run["model"] == model and run["status"] != "done"} for model in found["models"]}
+    notes += [f"without {lacking(model, seeds, len(seeds) < len(found['seeds']))}" for model, seeds in without.items() if seeds]
     notes += [f"without a model: {', '.join(sorted(references))}"] if references else []
     return Report(list(rows[0]), rows, notes)
+
+
+def _of_pairs(found: Mapping[str, Any]) -> Report:
+    places = {metric: {line["length"] for line in found["pairs"] if line["metric"] == metric} for metric in found["metrics"]}
+    rows = []
+    for line in found["pairs"]:
+        metric = line["metric"] if places[line["metric"]] <= {found["seq_len"]} else f"{line['metric']} at {line['length']}"
+        numbers = {name: "" if line[name] is None else f"{line[name]:.3g}" for name in ("p", "p_holm", "effect")}
+        row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
+        rows.append(row | {"p by Holm": numbers["p_holm"], "effect": numbers["effect"], "in words": line["text"]})
+    apart = [f"{a} and {b}" for a, b in combinations(found["models"], 2) if not any((line["a"], line["b"]) == (a, b) for line in found["pairs"])]
+    return Report(list(rows[0]), rows, [found["test"], *([f"no seed in common: {', '.join(apart)}"] if apart else [])])
 
 
 def _of_expectations(found: Mapping[str, Any]) -> Report:

@@ -121,7 +121,7 @@ def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], m
     found = estimate(values) if values else None
     names = [name for name in (expectation.model, expectation.over) if name and missing.get(name)]
     if names:
-        return Verdict("cannot tell", found, "; ".join(_lacking(name, missing[name], bool(scores.get(name))) for name in names))
+        return Verdict("cannot tell", found, "; ".join(lacking(name, missing[name], bool(scores.get(name))) for name in names))
     assert found is not None
     if found.low is None or found.high is None:
         return Verdict("cannot tell", found, "one seed gives no interval")
@@ -134,7 +134,7 @@ def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], m
     return Verdict("cannot tell", found, "the interval is on both sides of the bound")
 
 
-def _lacking(model: str, missing: Mapping[int, str], others: bool) -> str:
+def lacking(model: str, missing: Mapping[int, str], others: bool) -> str:
     """others: whether some seeds of the model have the score."""
     seeds: dict[str, list[str]] = {}
     for seed, why in missing.items():

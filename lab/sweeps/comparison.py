@@ -4,7 +4,7 @@
     seeds      a list, or how many, from 1 on; on the command line as well
     expect     a list of expectations (lab/analysis/expectations.py)
 
-Everything else in the file is the experiment that all models have in common. A run is `lab-train` with the words of its model and a
+Any other experiment is one as soon as the command line names `models`. Everything else in the file is the experiment that all models have in common. A run is `lab-train` with the words of its model and a
 seed, then `lab-eval` on the test split: a sweep, of which the pool, the folders, skipping and resuming are those of any other.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -31,7 +32,7 @@ from lab.config.errors import hint
 from lab.config.layers import Layer, saying_where
 from lab.config.overrides import SHELL
 from lab.config.tree import Key, dotted, leaves
-from lab.files import write_json
+from lab.files import atomic, write_json
 from lab.sweeps.multirun import OF_A_RUN, Sweep
 from lab.tasks import Task
 from lab.training.experiment import Experiment, build_node
@@ -83,6 +84,17 @@ class Plan(Sweep):
         write_json(self.path / FILE, written)
         return written
 
+    def draw(self, written: Mapping[str, Any]) -> None:
+        """curves.png and curves.svg; none where nothing is done."""
+        if not written["curves"]:
+            return
+        from lab.analysis.curves import plot_curves  # matplotlib takes a second
+
+        figure = plot_curves(written["curves"], len(written["seeds"]))
+        for ending in ("png", "svg"):
+            with atomic(self.path / f"curves.{ending}") as picture:
+                figure.savefig(picture, format=ending, dpi=150)
+
 
 def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
     """Does what is left of it; the document, the folder it was written to, and how many runs are not trained or not scored. Interrupted
@@ -95,6 +107,7 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
             plan.run([own for _, _, own in plan.runs], comparison.n_jobs, comparison.threads)
         finally:
             written = plan.write()
+            plan.draw(written)
         failed = {job["folder"] for job in plan.jobs() if job["reason"]}
     return written, plan.path, sum(run["status"] != "done" or run["folder"] in failed for run in written["runs"])
 
@@ -107,8 +120,9 @@ def read(words: Sequence[str]) -> Comparison:
     file that can be known before a run begins."""
     file, shared, own = _sort(words)
     tree, layer = _load(file)
+    _check_words(shared, own, layer, named="models" in tree)
     with saying_where([layer]):
-        models, seeds = _models(tree), _seeds(tree)
+        models, seeds = _models(tree) if "models" in tree else _named(own["models"]), _seeds(tree)
         expectations = parse(tree.get("expect", []), list(models))
         chosen, seeds = _chosen(own, models), _typed_seeds(own["seeds"]) if "seeds" in own else seeds
         n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
@@ -173,9 +187,39 @@ def _load(file: Path) -> tuple[dict[str, Any], Layer]:
         for key in content:
             if key not in known:
                 raise MistakeError((key,), f"there is no such key{hint(str(key), known)}")
-    if "models" not in content:
-        raise ConfigError(f"{files.show(file)}: it compares nothing, for it has no `models`; lab-train trains a single experiment")
     return content, layer
+
+
+def _check_words(shared: Sequence[str], own: Mapping[str, str], layer: Layer, named: bool) -> None:
+    """ConfigError for a word that was meant to be lab-compare's own. named: whether the file says which models there are."""
+    known = {*OPTIONS, *(f.name for f in fields(Experiment)), *files.options()} - {"seed", "experiment"}
+    for word in shared[1:]:
+        key, _, value = word.lstrip("+").partition("=")
+        if re.fullmatch(r"\w+", key) and key not in known:
+            raise ConfigError(f"{key} ({SHELL}): there is no such key{hint(key, known)}")
+        if key == "model" and not value.startswith("{") and ("," in value or not named):
+            raise ConfigError(f"model ({SHELL}): one for all of them compares nothing; did you mean models={value}?")
+    if not named and "models" not in own:
+        raise ConfigError(
+            f"{layer.name}: it compares nothing, for it has no `models`; models=A,B on the command line names them, and lab-train trains one"
+        )
+
+
+def _named(text: str) -> dict[str, list[str]]:
+    """models=A,B where the file has none: options of the group `model`."""
+    options = files.options()["model"]
+    for name in _listed(text):
+        if name not in options:
+            raise ConfigError(f"models ({SHELL}): there is no model {name}{hint(name, options, 'there are')}")
+    return {name: [f"model={name}"] for name in _listed(text)}
+
+
+def _listed(text: str) -> list[str]:
+    names = [name.strip() for name in text.strip("[]").split(",")]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"models ({SHELL}): {name} is named {names.count(name)} times")
+    return names
 
 
 def _models(tree: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -204,7 +248,7 @@ def _seeds(tree: Mapping[str, Any]) -> list[int]:
 
 
 def _chosen(own: Mapping[str, str], models: Mapping[str, Any]) -> list[str]:
-    names = own["models"].strip("[]").split(",") if "models" in own else list(models)
+    names = _listed(own["models"]) if "models" in own else list(models)
     for name in names:
         if name not in models:
             raise ConfigError(f"models ({SHELL}): there is no model {name} in the file{hint(name, models, 'there are')}")

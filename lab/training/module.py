@@ -64,8 +64,9 @@ class LabModule(pl.LightningModule):
         bits = "bits_per_byte" in task.metrics and task.token_bytes is not None
         self.register_buffer("token_bytes", torch.from_numpy(task.token_bytes) if bits else None, persistent=False)
         self.token_bytes: Tensor | None
-        self._clock = time.perf_counter()
-        self._tokens = 0
+        self.spent: dict[str, float] = {"train/tokens": 0, "train/seconds": 0.0}  # up to _clock, over all processes that were at it
+        self._clock: float | None = time.perf_counter()  # None while it stands still
+        self._tokens = 0  # since then; padding does not count
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optimizer.build(self.model, self.max_steps)
@@ -99,7 +100,7 @@ class LabModule(pl.LightningModule):
         optimizer.step(closure)
         if self._carried:
             self._carried = after
-        self._tokens += sum(batch.inputs.numel() for batch in window) * self.trainer.world_size
+        self._tokens += tokens
         if self._logging:
             self._log_step(sums)
         self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -209,6 +210,8 @@ class LabModule(pl.LightningModule):
     # ------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
+        self._lap()
+        self._clock = None  # neither validation nor the saving that follows it counts as training time
         self.evaluation.reset(self.trainer.world_size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -219,8 +222,10 @@ class LabModule(pl.LightningModule):
         weighted = sum(weight.at(self.global_step, self.max_steps) * metrics[name] for name, weight in self.weights.items())
         self.validation = {"val/loss": metrics["ce_loss"] + weighted} | {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(self.validation, logger=False)  # for callbacks that monitor; loggers get them with the step of the optimiser
-        self._write(self.validation)
-        self._clock, self._tokens = time.perf_counter(), 0  # validation does not count as training time
+        self._write(self.validation | self.spent)
+
+    def on_validation_end(self) -> None:
+        self._clock = time.perf_counter()
 
     # ------------------------------------------------------------------ logs
 
@@ -235,9 +240,19 @@ class LabModule(pl.LightningModule):
         metrics |= {f"train/{name}": float(value) for name, value in derived.items()}
         metrics["train/grad_norm"] = float(self.grad_norm) if self.grad_norm is not None else 0.0
         metrics["train/lr"] = max(group["lr"] for group in self.optimizers().param_groups)  # type: ignore[union-attr]
-        metrics["train/tokens_per_second"] = self._tokens / max(time.perf_counter() - self._clock, 1e-9)
+        tokens, seconds = self._lap()
+        metrics["train/tokens_per_second"] = tokens / max(seconds, 1e-9)
         self._write(metrics | {f"grad_norm/{name}": value for name, value in self.layer_grad_norms.items()})
-        self._clock, self._tokens = time.perf_counter(), 0
+
+    def _lap(self) -> tuple[int, float]:
+        """The tokens and seconds of training since the last one, which `spent` has from now on."""
+        tokens, seconds = self._tokens, 0.0
+        if self._clock is not None:
+            now = time.perf_counter()
+            seconds, self._clock = now - self._clock, now
+        self._tokens = 0
+        self.spent = {name: before + more for (name, before), more in zip(self.spent.items(), (tokens, seconds), strict=False)}
+        return tokens, seconds
 
     def _write(self, metrics: dict[str, float]) -> None:
         for logger in self.trainer.loggers:
@@ -267,6 +282,8 @@ class LabModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lab"] = self.identity
+        self._lap()
+        checkpoint["spent"] = self.spent  # on the steps that made these weights; what a kill lost is not in it
         states = [random_states()]
         if self.trainer.world_size > 1:
             states *= self.trainer.world_size
@@ -283,6 +300,7 @@ class LabModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stored_states = checkpoint["random_states"]
         self._carried = checkpoint.get("carried_states", [])
+        self.spent = checkpoint.get("spent", {})  # of a version that did not count: unknown, and not written
 
 
 def joined(*of_ranks: Any) -> Any:
