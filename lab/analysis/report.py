@@ -193,7 +193,7 @@ def best_validation(path: Path) -> dict[str, Any]:
 
 def last_step(path: Path) -> int | None:
     """The latest step in the metrics.jsonl of a run that may be at work; None before its first row."""
-    with suppress(OSError, ValueError, KeyError), (path / "metrics.jsonl").open("rb") as file:
+    with suppress(OSError, ValueError, KeyError, TypeError), (path / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         return int(json.loads(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])  # a row that is being written has no end
     return None

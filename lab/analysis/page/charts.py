@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element
 
-from lab.analysis.page.studies import AXES, MOST_POINTS, Study, lower_is_better, thinned
+from lab.analysis.curves import AXES
+from lab.analysis.page.studies import MOST_POINTS, Study, is_share, lower_is_better, thinned
 from lab.analysis.page.svg import Axis, Point, Series, chart
 from lab.analysis.report import number
 from lab.analysis.statistics import estimate
 
-LABELS = {"step": "optimiser steps", "tokens": "tokens of training", "seconds": "seconds of training"}
 DECADE = 8.0  # the ratio of values from which on their axis is logarithmic
 
 
@@ -39,7 +39,7 @@ def learning(study: Study) -> list[View]:
     """The validation scores against steps, tokens and seconds."""
     names = list(dict.fromkeys(curve["metric"] for curve in study.curves))
     views = []
-    for axis in AXES:
+    for axis, label in AXES.items():
         panels = []
         for name in names:
             curves = {each["model"]: each["points"] for each in study.curves if each["metric"] == name and each["x"] == axis}
@@ -52,10 +52,12 @@ def learning(study: Study) -> list[View]:
                 ],
             )
             if series:
-                x = Axis(LABELS[axis], include=[0])
-                panels.append(Panel(f"val {name}", chart(series, x, _score_axis(name, series), _alt(f"val {name} against {axis}", series))))
+                x = Axis(label, include=[0])
+                panels.append(
+                    Panel(name.replace("/", " "), chart(series, x, _score_axis(name, series), _alt(f"{name} against {axis}", series)))
+                )
         if panels:
-            views.append(View(LABELS[axis], panels))
+            views.append(View(label, panels))
     return views
 
 
@@ -150,7 +152,7 @@ def mean_cost(study: Study, model: str, cost: Callable[[Any], float | None]) -> 
 
 def state_bytes(run: Any) -> float | None:
     """After the shortest length that it was counted for, that of training."""
-    known = {int(length): size for length, size in (run.cost.get("state_bytes") or {}).items()}
+    known = {int(length): size for length, size in (run.cost.get("state_bytes") or {}).items() if size is not None}
     return known[min(known)] if known else None
 
 
@@ -182,7 +184,7 @@ def _said(line: Mapping[str, Any]) -> str:
 def _score_axis(metric: str, series: Sequence[Series]) -> Axis:
     """Of a share all of 0 to 1, unless the values are close together; of a loss logarithmic where they are not."""
     values = [point.y for each in series for point in each.points]
-    if metric.endswith(("accuracy", "exact_match", "exact_match_free")):
+    if is_share(metric):
         return Axis("", low=0, high=1, include=[0, 1] if max(values) - min(values) > 0.4 else [])
     if lower_is_better(metric) and min(values) > 0 and max(values) / min(values) > DECADE:
         return Axis("", "log")

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lab.analysis.curves import validations
 from lab.analysis.report import Row, best_validation
-from lab.files import by_step, read_rows
-from lab.training.run import MONITOR, Run, RunError
+from lab.files import read_rows
+from lab.training.run import Run, RunError
 
 ELSEWHERE = ("run_dir", "resume", "fresh")  # words of a command that say where, not what
 SPEED = "train/tokens_per_second"
@@ -25,7 +26,8 @@ class RunView:
 
     model: str
     seed: Any
-    folder: str
+    path: Path
+    folder: str  # as it is shown
     status: str
     reason: str | None = None
     command: str | None = None
@@ -46,7 +48,7 @@ class RunView:
     created: str = ""
     resumed: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)  # of the validations: step, tokens, seconds, scores by name
+    validated: bool = False
     counts: bool = True
 
     @property
@@ -76,6 +78,7 @@ def view(row: Row, model: str, seed: Any = None, command: str | None = None) -> 
     return RunView(
         model=model,
         seed=config.get("seed") if seed is None else seed,
+        path=row.path,
         folder=str(row.path),
         status=row.status,
         reason=row.reason,
@@ -97,7 +100,7 @@ def view(row: Row, model: str, seed: Any = None, command: str | None = None) -> 
         created=row.created,
         resumed=[f"at {each.get('at')} with {shlex.join(map(str, each.get('with') or [])) or 'nothing else'}" for each in _list(hparams)],
         config=config,
-        history=_history(rows, config),
+        validated=_validated(row.path),
     )
 
 
@@ -108,28 +111,12 @@ def plain(command: str) -> str:
     return command
 
 
-def _history(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The validations of a run, with the tokens and the seconds of training until then: those that the run logged, or else by the tokens of
-    a step as the config says, divided by the speed that was logged. Seconds have no validations in them."""
-    trainer, seq_len = _dict(config.get("trainer")), _dict(config.get("task")).get("seq_len")
-    sizes = [_number(size) for size in (trainer.get("batch_size"), trainer.get("accumulate", 1), seq_len)]
-    of_a_step = None if None in sizes else sizes[0] * sizes[1] * sizes[2]  # type: ignore[operator]
-    found, before, seconds = [], 0, 0.0
-    with suppress(KeyError, TypeError):
-        for step, row in by_step(rows).items():
-            speed = _number(row.get(SPEED))
-            if speed and of_a_step:
-                seconds, before = seconds + (step - before) * of_a_step / speed, step
-            if MONITOR not in row:
-                continue
-            point: dict[str, Any] = {"step": step, "tokens": _number(row.get("tokens")), "seconds": _number(row.get("seconds"))}
-            if of_a_step and point["tokens"] is None:
-                point["tokens"] = step * of_a_step
-            if seconds and point["seconds"] is None and before == step:
-                point["seconds"] = seconds
-            scores = {name.removeprefix("val/"): _number(value) for name, value in row.items() if name.startswith("val/")}
-            found.append(point | {"scores": {name: value for name, value in scores.items() if value is not None}})
-    return found
+def _validated(folder: Path) -> bool:
+    """Whether it has learning curves."""
+    try:
+        return bool(validations(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _ask(question: Any) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from lab.analysis.page import charts
 from lab.analysis.page.charts import Panel, View, mean_cost
 from lab.analysis.page.markup import Child, el
 from lab.analysis.page.runs import RunView
-from lab.analysis.page.studies import Study, lower_is_better
+from lab.analysis.page.studies import Study, is_share, lower_is_better
 from lab.analysis.page.svg import COLOURS, LONGEST, swatch
 from lab.analysis.page.tables import SHORT, cell, cells_of, head_of, is_number, scrolling, table
 from lab.analysis.report import number
 
 VERDICTS = {"held": "✓", "not held": "✗", "cannot tell": "?"}
 STATUS = {"done": "✓", "failed": "✗"}
-MOST_SENTENCES = 12  # of pairs; further ones are a click away
 
 
 def sections(study: Study, key: str, level: int) -> list[Element]:
@@ -84,12 +83,15 @@ def _listed(names: Sequence[str]) -> str:
 
 def _answer(study: Study) -> list[Element]:
     found: list[Element] = []
-    texts = [str(pair["text"]) for pair in study.pairs if pair.get("text")]
-    if texts:
-        found.append(el("ul", [el("li", text) for text in texts[:MOST_SENTENCES]], class_="findings"))
-        if texts[MOST_SENTENCES:]:
-            found.append(_folded(f"{len(texts) - MOST_SENTENCES} more", el("ul", [el("li", text) for text in texts[MOST_SENTENCES:]])))
-        found.append(_folded("The pairs in numbers", _pairs(study.pairs)))
+    places: dict[str, list[Element]] = {}
+    for pair in sorted(study.pairs, key=lambda pair: pair["length"] != study.seq_len):  # those at the length of training first
+        length = f" at length {pair['length']:,}" if pair.get("length") else ""
+        places.setdefault(f"{pair['metric']}{length}", []).append(el("li", str(pair["text"])))
+    for i, (place, sentences) in enumerate(places.items()):
+        said = el("ul", *sentences, class_="findings")
+        found += [el("p", f"{place}:"), said] if i == 0 else [_folded(place, said)]
+    if study.pairs:
+        found.append(_folded("All pairs in numbers", _pairs(study.pairs)))
     else:
         found += [el("p", sentence) for sentence in _ranked(study)]
     if study.expectations:
@@ -178,18 +180,18 @@ def _at_training(study: Study, metric: str) -> list[Any]:
 
 def _named(study: Study, model: str, words: bool = True) -> Element:
     said = " ".join(study.models[model] or []) if words else ""
-    return el(
-        "span", swatch(list(study.models).index(model)), " ", model, el("small", said) if said not in ("", f"model={model}") else None
-    )
+    own = el("small", said) if said not in ("", f"model={model}") else None
+    return el("span", swatch(list(study.models).index(model)), f"\u00a0{model}", own)
 
 
 def _state(runs: Sequence[RunView]) -> str | None:
     """2.1 kB … 67 kB"""
-    known = next((run.cost["state_bytes"] for run in runs if run.cost.get("state_bytes")), None)
-    sizes = [known[length] for length in sorted(known, key=int)] if known else []
-    if not sizes:
+    known = [run.cost["state_bytes"] for run in runs if "state_bytes" in run.cost]
+    if not known:
         return None
-    if None in sizes:
+    of_lengths = known[0] or {}
+    sizes = [of_lengths[length] for length in sorted(of_lengths, key=int) if of_lengths[length] is not None]
+    if not sizes:
         return "none"
     ends = [size_of(size) for size in dict.fromkeys([sizes[0], sizes[-1]])]
     return " … ".join(dict.fromkeys(ends))
@@ -214,7 +216,7 @@ def _score(study: Study, model: str, metric: str, length: Any) -> Child:
 
 def score(metric: str, value: float, digits: int = 4) -> str:
     """0.9810 of a share; of another score, four digits."""
-    return f"{value:.{digits}f}" if metric.endswith(("accuracy", "exact_match", "exact_match_free")) else number(float(value))
+    return f"{value:.{digits}f}" if is_share(metric) else number(float(value))
 
 
 def _interval(metric: str, line: Mapping[str, Any]) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lab.analysis.comparison import FILE
+from lab.analysis.curves import curves
 from lab.analysis.page.runs import RunView, view
+from lab.analysis.pairs import HIGHER, LOWER
 from lab.analysis.report import Row, differences, newest, read, rows
 from lab.analysis.statistics import METHOD, estimate
 from lab.files import unlike
 from lab.training.run import RunError
 
-AXES = ("step", "tokens", "seconds")
 MOST_POINTS = 60  # of a learning curve
-LOWER = ("loss", "perplexity", "bits_per_byte")  # ends of the names of scores that are better when they are lower
 
 
 @dataclass
@@ -54,7 +54,12 @@ class Study:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.endswith(LOWER)
+    return metric.rpartition("/")[2] in LOWER
+
+
+def is_share(metric: str) -> bool:
+    """Of 0 to 1."""
+    return metric.rpartition("/")[2] in HIGHER
 
 
 def studies(targets: Sequence[str]) -> list[Study]:
@@ -71,7 +76,7 @@ def studies(targets: Sequence[str]) -> list[Study]:
         study, folders = _of_comparison(file)
         result.append(study)
         seen |= folders
-    rest = [row for row in found if row.path.resolve() not in seen]
+    rest = [row for row in found if row.path.resolve() not in seen and not (row.path / FILE).exists()]
     if not result and all(row.status == "no run" for row in rest):
         raise RunError(f"{rest[0].path}: {rest[0].reason}")
     return result + _by_data(rest)
@@ -103,15 +108,14 @@ def _of_comparison(file: Path) -> tuple[Study, set[Path]]:
         metrics=metrics,
         seq_len=found["seq_len"],
         summary=found["summary"],
-        curves=[{**each, "metric": each["metric"].removeprefix("val/")} for each in found.get("curves") or []],
+        curves=found.get("curves") or [],
         pairs=found.get("pairs") or [],
         expectations=found["expectations"],
         command=found.get("command"),
         method=found["method"],
     )
     if not study.curves:
-        names = dict.fromkeys([*(metric.partition("/")[2] for metric in study.metrics), "ce_loss"])
-        study.curves = learning_curves(study.models, views, names)
+        study.curves = _curves(study.models, views, [*study.metrics, "val/ce_loss"])
     return study, folders
 
 
@@ -161,7 +165,6 @@ def _of_rows(found: list[Row], apart: list[str]) -> Study:
     length = first.config.get("task.seq_len")
     scores = {split: _scores(views, split) for split in ("test", "val")}
     metrics = [f"test/{name}" for name in scores["test"]] or [f"val/{name}" for name in scores["val"]]
-    names = dict.fromkeys(metric.partition("/")[2] for metric in metrics)
     return Study(
         title=", ".join([first.task or "folders that are no runs", *values]),
         models=models,
@@ -169,7 +172,7 @@ def _of_rows(found: list[Row], apart: list[str]) -> Study:
         metrics=metrics,
         seq_len=length,
         summary=_summary(models, views, metrics, length),
-        curves=learning_curves(models, views, names),
+        curves=_curves(models, views, metrics),
     )
 
 
@@ -190,13 +193,13 @@ def _labels(found: list[Row], experiments: Mapping[str, list[Row]]) -> dict[str,
 
 
 def _scores(views: Iterable[RunView], split: str) -> list[str]:
-    """The scores that every task has a reader for: the task's own first, ce_loss last; no losses of a model's own."""
+    """Those of which it is known what is better: the task's own first, ce_loss last; none that only some models have."""
     names: dict[str, None] = {}
     for run in views:
         for scores in [run.val] if split == "val" else run.test.values():
             names |= dict.fromkeys(scores) if isinstance(scores, dict) else {}
-    known = [name for name in names if name.startswith(("accuracy", "token_accuracy", "exact_match", "bits_per_byte", "perplexity"))]
-    return [*known, *(["ce_loss"] if "ce_loss" in names else [])]
+    known = [name for name in names if name in (*HIGHER, *LOWER) and name != "loss"]
+    return sorted(known, key=lambda name: name == "ce_loss")
 
 
 def _summary(models: Iterable[str], views: list[RunView], metrics: list[str], seq_len: int | None) -> list[dict[str, Any]]:
@@ -220,26 +223,13 @@ def _summary(models: Iterable[str], views: list[RunView], metrics: list[str], se
     return lines
 
 
-def learning_curves(models: Iterable[str], views: list[RunView], names: Iterable[str]) -> list[dict[str, Any]]:
-    """Mean and interval over the seeds of each validation score, as comparison.json has them: against the step, and against the tokens
-    and the seconds of training that the seeds had on average at that step."""
-    found = []
+def _curves(models: Iterable[str], views: list[RunView], metrics: Iterable[str]) -> list[dict[str, Any]]:
+    """The learning curves of the runs that are done, of a model without any those of the runs that it has."""
+    folders: dict[str, list[Path]] = {}
     for model in models:
-        runs = [run for run in views if run.model == model and run.counts and run.history]
-        steps = thinned(sorted({point["step"] for run in runs for point in run.history}), MOST_POINTS)
-        for name in names:
-            points: dict[str, list[list[float | None]]] = {axis: [] for axis in AXES}
-            for step in steps:
-                there = [point for run in runs for point in run.history if point["step"] == step and name in point["scores"]]
-                if not there:
-                    continue
-                n, mean, low, high = estimate([point["scores"][name] for point in there])
-                for axis in AXES:
-                    places = [point[axis] for point in there if point[axis] is not None]
-                    if len(places) == len(there):
-                        points[axis].append([sum(places) / len(places), n, mean, low, high])
-            found += [{"model": model, "metric": name, "x": axis, "points": points[axis]} for axis in AXES if points[axis]]
-    return found
+        runs = [run for run in views if run.model == model and run.counts and run.validated]
+        folders[model] = [run.path for run in [run for run in runs if run.done] or runs]
+    return curves(folders, dict.fromkeys(f"val/{metric.partition('/')[2]}" for metric in metrics))
 
 
 def thinned(values: list[Any], most: int) -> list[Any]:
