@@ -40,9 +40,7 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
                     summary.append(line | estimate(list(values.values()))._asdict())
             compared += pairs(scores, metric, length, len(comparison.seeds))
     validated = dict.fromkeys(f"val/{name.partition('/')[2]}" for name in (*comparison.metrics, "val/ce_loss"))
-    folders = {
-        model: [Path(run["folder"]) for run in found if run["model"] == model and run["status"] == "done"] for model in comparison.models
-    }
+    folders = {model: [Path(run["folder"]) for run in found if run["model"] == model and run["status"] == "done"] for model in comparison.models}
     return {
         "name": comparison.name,
         "command": shlex.join(["lab-compare", *comparison.words]),
@@ -217,10 +215,7 @@ def _of_models(found: Mapping[str, Any]) -> Report:
         rows.append(row)
     references = {f"{name} {number(value)}" for run in found["runs"] for name, value in run["references"].items()}
     notes = [found["method"] + "; scores of the checkpoint that validation chose; seconds of training"]
-    without = {
-        model: {run["seed"]: _not_done(run) for run in found["runs"] if run["model"] == model and run["status"] != "done"}
-        for model in found["models"]
-    }
+    without = {model: {run["seed"]: _not_done(run) for run in found["runs"] if run["model"] == model and run["status"] != "done"} for model in found["models"]}
     notes += [f"without {lacking(model, seeds, len(seeds) < len(found['seeds']))}" for model, seeds in without.items() if seeds]
     notes += [f"without a model: {', '.join(sorted(references))}"] if references else []
     return Report(list(rows[0]), rows, notes)
@@ -234,9 +229,7 @@ def _of_pairs(found: Mapping[str, Any]) -> Report:
         numbers = {name: "" if line[name] is None else f"{line[name]:.3g}" for name in ("p", "p_holm", "effect")}
         row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
         rows.append(row | {"p by Holm": numbers["p_holm"], "effect": numbers["effect"], "in words": line["text"]})
-    apart = [
-        f"{a} and {b}" for a, b in combinations(found["models"], 2) if not any((line["a"], line["b"]) == (a, b) for line in found["pairs"])
-    ]
+    apart = [f"{a} and {b}" for a, b in combinations(found["models"], 2) if not any((line["a"], line["b"]) == (a, b) for line in found["pairs"])]
     return Report(list(rows[0]), rows, [found["test"], *([f"no seed in common: {', '.join(apart)}"] if apart else [])])
 
 

@@ -148,7 +148,7 @@ def seeds_needed(effect: float, tests: int = 1) -> int | None:
 
     n = np.arange(fewest_seeds(tests), MOST_SEEDS + 1)
     steps = 2.0 ** (np.minimum(n, 60) - 1)
-    level = np.where(2.0 ** np.minimum(n, 60) <= RESAMPLES, np.floor(ALPHA / tests * steps) / steps, ALPHA / tests)
+    level = np.where(2.0**np.minimum(n, 60) <= RESAMPLES, np.floor(ALPHA / tests * steps) / steps, ALPHA / tests)
     critical = stats.t.ppf(1 - level / 2, n - 1)
     power = stats.nct.sf(critical, n - 1, abs(effect) * np.sqrt(n))  # the other side counts for nothing where it matters
     enough = np.flatnonzero(power >= POWER)

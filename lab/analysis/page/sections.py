@@ -181,7 +181,7 @@ def _at_training(study: Study, metric: str) -> list[Any]:
 def _named(study: Study, model: str, words: bool = True) -> Element:
     said = " ".join(study.models[model] or []) if words else ""
     own = el("small", said) if said not in ("", f"model={model}") else None
-    return el("span", swatch(list(study.models).index(model)), f"\u00a0{model}", own)
+    return el("span", swatch(list(study.models).index(model)), f"\u00a0{model}", own, class_="model" if len(model) <= LONGEST else None)
 
 
 def _state(runs: Sequence[RunView]) -> str | None:
