@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lab.analysis.metrics import TokenScores
 from lab.cli import eval as lab_eval
@@ -58,8 +59,8 @@ def test_the_two_poolings_and_several_answers():
     features.load_state_dict({k: v for k, v in mean.state_dict().items() if "head" not in k}, strict=False)
     features.head = torch.nn.Identity()
     x = features(tokens)
-    torch.testing.assert_close(mean(tokens), mean.head(x.mean(1)))
-    torch.testing.assert_close(last(tokens), last.head(x[:, -1]))
+    torch.testing.assert_close(mean(tokens), F.linear(x.mean(1), mean.head.weight, mean.head.bias))
+    torch.testing.assert_close(last(tokens), F.linear(x[:, -1], last.head.weight, last.head.bias))
     assert classifier("last", n_answers=3)(tokens).shape == (2, 3, 5)
 
 
@@ -83,7 +84,7 @@ def test_scores_of_classes():
     assert result["confusion"].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 
-@pytest.mark.parametrize("model", ["transformer", "mamba"])
+@pytest.mark.parametrize("model", ["transformer", "mamba", "laminar"])
 def test_a_classifier_trains_and_is_scored(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = train(compose([*LISTOPS, f"model={model}", "run_dir=run", "~callbacks"]))
@@ -121,15 +122,15 @@ def test_a_wrong_pairing_is_one_sentence(words, sentence):
 
 
 def test_a_model_without_a_pooled_head_says_so():
-    with pytest.raises(ConfigError, match="Laminar has no pooled head"):
-        prepare(compose(["task=listops", "model=laminar", "trainer.max_steps=1"]).config)
+    with pytest.raises(ConfigError, match="TransformerModel has no pooled head: it takes no n_classes"):
+        prepare(compose(["task=listops", "model=transformer_seq2seq", "trainer.max_steps=1"]).config)
 
 
 def test_a_bidirectional_model_may_classify():
     prepare(compose(["task=listops", "model=s4d_tiny", "trainer.max_steps=1", "model.mixer.bidirectional=true"]).config)
 
 
-@pytest.mark.parametrize("model", ["gated_mlp", "h3", "lot", "mamba", "mamba_attention", "s4", "s5", "serriform", "transformer"])
+@pytest.mark.parametrize("model", ["gated_mlp", "h3", "laminar", "lot", "mamba", "mamba_attention", "s4", "s5", "serriform", "transformer"])
 def test_every_model_honours_lengths_under_a_pooled_head(model):
     words = [*LISTOPS[:8], *LISTOPS[11:13], f"model={model}", "model.d_model=32", "model.n_layers=2"]
     built = prepare(compose(words).config).model.eval()

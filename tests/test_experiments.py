@@ -24,7 +24,7 @@ LARGE = (  # long sequences: most of the time of all
 )  # fmt: skip
 ON_ENWIK8 = tuple(name for name in EXPERIMENTS if name.startswith("enwik8"))
 SMALL = (
-    "model.d_model=32",
+    "model.d_model=48",  # a multiple of all n_heads
     "model.n_layers=2",
     "model.dropout=0.0",
     "trainer.batch_size=8",

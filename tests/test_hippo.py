@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from lab.layers.hippo import Hippo, InitMethod, diagonalise, eigenvalues, hippo
+from lab.layers.hippo import LEAST, Hippo, InitMethod, diagonalise, eigenvalues, hippo, low_rank
 
 METHODS = get_args(InitMethod)
 
@@ -74,3 +74,13 @@ def test_eigenvalues_by_their_formulas(N):
         assert (got.real == -0.5).all()
         torch.testing.assert_close(got.imag.sort().values, want, rtol=1e-9, atol=1e-9)
     assert len({tuple(eigenvalues(method, 8).tolist()) for method in METHODS}) == len(METHODS) - 1  # lin and fourier are one
+
+
+def test_random_eigenvalues_are_drawn():
+    torch.manual_seed(0)
+    first, second = (eigenvalues("random", 4000) for _ in range(2))
+    assert not torch.equal(first, second) and (first.imag > 0).all()
+    assert -1 <= first.real.min() < -0.99 and -0.02 < first.real.max() <= -LEAST and abs(first.real.mean() + 0.5) < 0.03
+    assert abs(first.imag.log().mean()) < 0.1 and abs(first.imag.log().std() - 1) < 0.1
+    torch.manual_seed(0)
+    torch.testing.assert_close(low_rank("random", 4000).eigenvalues, first, rtol=0, atol=0)

@@ -126,11 +126,13 @@ def test_dplr_scan_names_wrong_shapes():
 @pytest.mark.parametrize("method", METHODS)
 def test_low_rank_starts(method):
     N = 8
+    torch.manual_seed(0)
     found = low_rank(method, N)
     assert (found.eigenvalues.real < 0).all() and found.P.shape[0] == (2 if method == "legt" else 1)
     both = [torch.cat([t, t.conj()], -1) for t in found]
     A = both[0].diag() - both[2].T @ both[2].conj()
     if method not in get_args(Hippo):
+        torch.manual_seed(0)  # of method="random"
         torch.testing.assert_close(found.eigenvalues, eigenvalues(method, N))
         return
     want, B, _ = hippo(method, N)  # in another basis: the same answer to an impulse of any length

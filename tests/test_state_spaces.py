@@ -44,7 +44,7 @@ def test_states_come_in_pairs(make, d_state):
 
 @pytest.mark.parametrize("make", LAYERS)
 def test_a_wrong_init_method_is_told(make):
-    with pytest.raises(ValueError, match="init_method='hippo'; expected legs, legt, fourier, lin, inv, real"):
+    with pytest.raises(ValueError, match="init_method='hippo'; expected legs, legt, fourier, lin, inv, real, random"):
         make(8, init_method="hippo")
 
 
@@ -78,7 +78,7 @@ def test_arguments_that_cannot_be(make, arguments, told):
         make(**{"d_model": 8} | arguments)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
 def test_layers_start_as_documented(method):
     torch.manual_seed(0)
     wanted = eigenvalues(method, 8)

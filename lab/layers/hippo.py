@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Hippo: TypeAlias = Literal["legs", "legt", "fourier"]
-InitMethod: TypeAlias = Literal["legs", "legt", "fourier", "lin", "inv", "real"]
+InitMethod: TypeAlias = Literal["legs", "legt", "fourier", "lin", "inv", "real", "random"]
 
 LEAST = 1e-2  # decay of a normal part that has none: in float32 a sum over poles on the axis would lose its digits
 
@@ -70,7 +70,8 @@ def eigenvalues(method: InitMethod, N: int) -> Tensor:
     """(N / 2,) complex128, what a diagonal layer with N states in conjugate pairs starts from.
 
     legs, legt, fourier: -1/2 + i frequency, those of the normal part (LegT and Fourier owe all of their decay to the part that is left
-    out); lin: -1/2 + i pi n, which are the frequencies of fourier; inv: -1/2 + i (N/pi) (N/(2n + 1) - 1); real: -(n + 1).
+    out); lin: -1/2 + i pi n, which are the frequencies of fourier; inv: -1/2 + i (N/pi) (N/(2n + 1) - 1); real: -(n + 1); random: the
+    control, -max(U(0, 1), LEAST) + i exp(N(0, 1)), drawn from the global stream.
     """
     _check_even(N)
     n = torch.arange(N // 2, dtype=torch.float64)
@@ -84,6 +85,8 @@ def eigenvalues(method: InitMethod, N: int) -> Tensor:
             return torch.complex(half, N / math.pi * (N / (2 * n + 1) - 1))
         case "real":
             return torch.complex(-(n + 1), torch.zeros_like(n))
+        case "random":
+            return torch.complex(-torch.rand_like(n).clamp(min=LEAST), torch.randn_like(n).exp())
     raise ValueError(f"init_method={method!r}; expected {', '.join(get_args(InitMethod))}")
 
 
@@ -98,8 +101,8 @@ class LowRank(NamedTuple):
 def low_rank(method: InitMethod, N: int) -> LowRank:
     """What a layer whose matrix is diagonal plus low rank starts from, with N states in conjugate pairs.
 
-    legs, legt (r = 2), fourier: the HiPPO matrix itself, but for a real part of LEAST where rho = 0. lin, inv, real: the eigenvalues of
-    the diagonal forms, B = 1, and P = B, as in HiPPO-Fourier: P = 0 would never learn, its gradient is 0.
+    legs, legt (r = 2), fourier: the HiPPO matrix itself, but for a real part of LEAST where rho = 0. lin, inv, real, random: the
+    eigenvalues of the diagonal forms, B = 1, and P = B, as in HiPPO-Fourier: P = 0 would never learn, its gradient is 0.
     """
     if method in ("legs", "legt", "fourier"):
         found = diagonalise(method, N)

@@ -69,6 +69,12 @@ class SequenceModel(nn.Module, ABC):
     ) -> State:
         """The state before the first token: a pytree of tensors, batch first. An encoder-decoder model encodes the source here."""
 
+    def check_states(self) -> None:
+        """NotImplementedError for a classifier."""
+        if self.n_classes is not None:
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} with n_classes answers once for a whole input: it has no state, no step and no generation")
+
     def reserve(self, state: State, n: int) -> State:
         """The same state with room for n more tokens, which "in_place" steps fill. `generate` and `stream` call it once."""
         return state

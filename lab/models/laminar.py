@@ -8,7 +8,8 @@
             h_s += Dropout(SwiGLU_s(RMSNorm(h_s)))               in the last block for s = 0 alone: nobody reads the others
     logits = E RMSNorm(h_0)
 
-B = batch, L = length, D = d_model, V = vocab_size, S = n_strata, P = n_oscillators.
+With n_classes the head reads the whole input at once, (B, C): a classifier (lab/models/pooled.py), without a state.
+B = batch, L = length, D = d_model, V = vocab_size, S = n_strata, P = n_oscillators, C = n_classes.
 State, of fixed size: {"position": (B,), "phi": (B, P) of pme, "sums": S - 1 of (B, D), "blocks": a list of {"fields": S states of
 GeometricDriftField, "sums": S - 1 of (B, D), "held": S - 1 of (B, D)}}. sums: of windows that have begun; held: messages that still hold.
 Record: phases (L, P) of pme; for every stratum s and block retention.s and size.s, those of lab/mixers/drift.py.
@@ -33,6 +34,7 @@ from lab.layers.swiglu import SwiGLU
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want, state_type
 from lab.mixers.drift import GeometricDriftField
 from lab.models.base import SequenceModel, last_real
+from lab.models.pooled import Pool, PooledHead
 from lab.ops.backend import exporting, recording
 from lab.ops.program import NotCompiled, Program, Value
 
@@ -58,6 +60,9 @@ class LaminarNetConfig:
     dt_min: float = 1e-3  # where the time steps start
     dt_max: float = 1e-1
     position: Literal["pme", "rope", "none"] = "pme"
+    n_classes: int | None = None  # a pooled head with weights of its own; None: the next token
+    pool: Pool = "mean"  # of the classifier: the mean or the last of the real tokens
+    n_answers: int = 1  # of the classifier; more: logits (B, n_answers, n_classes)
 
 
 def checked_ratios(n_strata: int, ratios: Sequence[int] | None) -> tuple[int, ...]:
@@ -144,9 +149,13 @@ class Laminar(SequenceModel, LaminarNetConfig):
         self.embedding_dropout = nn.Dropout(self.dropout)
         self.blocks = nn.ModuleList(LaminarBlock(self, last=i == self.n_layers - 1) for i in range(self.n_layers))
         self.norm = nn.RMSNorm(D, eps=EPS)
-        self.head = nn.Identity() if V is None else nn.Linear(D, V, bias=False)
-        if V is not None:
-            self.head.weight = self.embedding.weight
+        self.causal = self.n_classes is None
+        if self.n_classes is not None:
+            self.head: nn.Module = PooledHead(D, self.n_classes, self.pool, self.n_answers)
+        else:
+            self.head = nn.Identity() if V is None else nn.Linear(D, V, bias=False)
+            if V is not None:
+                self.head.weight = self.embedding.weight
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,6 +178,8 @@ class Laminar(SequenceModel, LaminarNetConfig):
     ) -> Tensor | Output:
         check_want(want)
         self.check_call(tokens, state, lengths, source)
+        if state is not None or "state" in want:
+            self.check_states()
         (B, L), wanted = tokens.shape[:2], "state" in want
         real = None if lengths is None else lengths.to(tokens.device, torch.long)
         start = self.start(state, B, tokens.device)
@@ -192,9 +203,10 @@ class Laminar(SequenceModel, LaminarNetConfig):
             strata = out[0]
             outputs.append(out)
         y = strata[0]
-        if "last" in want:
+        if "last" in want and self.n_classes is None:
             y = last_real(y, real)
-        logits = self.head(self.norm(y))
+        y = self.norm(y)
+        logits = self.head(y, real) if self.n_classes is not None else self.head(y)
         if not want:
             return logits
         after = None
@@ -240,6 +252,7 @@ class Laminar(SequenceModel, LaminarNetConfig):
         dtype: torch.dtype | None = None,
     ) -> State:
         self.check_no_source(source)
+        self.check_states()
         like = self.norm.weight
         place, kind = torch.device(device) if device is not None else like.device, state_type(dtype or like.dtype)
 

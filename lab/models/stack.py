@@ -25,12 +25,12 @@ from lab.layers import MLP, Embedding, FeedForward, Gate, Rotate, Sinusoidal
 from lab.layers.embedding import looked_up
 from lab.mixers import CrossAttention
 from lab.mixers.base import Mixer, Output, State, check_at_least, check_want
-from lab.models.base import SequenceModel, last_real, mean_real
+from lab.models.base import SequenceModel, last_real
 from lab.models.block import Block
+from lab.models.pooled import Pool, PooledHead
 from lab.ops import recording
 from lab.ops.program import NotCompiled, Program, Value, part, without_dropout
 
-POOLS = ("mean", "last")
 Position = Literal["learned", "sinusoidal", "rope", "alibi", "none", "gate", "rotate"]
 OF_MIXER = ("rope", "alibi")  # positions that a mixer takes as its argument `position`
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -82,7 +82,7 @@ class Stack(SequenceModel):
         encoder: SequenceModel | None = None,
         cross: Callable[..., CrossAttention] | None = None,
         n_classes: int | None = None,
-        pool: Literal["mean", "last"] = "mean",
+        pool: Pool = "mean",
         n_answers: int = 1,
     ) -> None:
         super().__init__()
@@ -107,13 +107,8 @@ class Stack(SequenceModel):
             raise ValueError("Stack: encoder and cross belong together: what encodes the source, and how the blocks attend to it")
         if encoder is not None and encoder.loss_names:
             raise ValueError(f"Stack: an encoder with auxiliary losses ({', '.join(encoder.loss_names)}) cannot be trained here")
-        check_at_least("Stack", 1, n_answers=n_answers)
-        if n_classes is not None:
-            check_at_least("Stack", 1, n_classes=n_classes)
         if n_classes is not None and (not head or encoder is not None):
             raise ValueError("Stack: n_classes is a head of its own, for a model without an encoder of a source")
-        if pool not in POOLS:
-            raise ValueError(f"Stack: pool={pool!r}; expected {' or '.join(POOLS)}")
         if vocab_size is None and tied:
             raise ValueError("Stack: tied=True shares the weights of an embedding, and without vocab_size there is none")
         self.d_model = d_model
@@ -142,8 +137,11 @@ class Stack(SequenceModel):
             for make, of in zip(makes, options, strict=True)
         )
         self.norm = make_norm(d_model)
-        self.n_classes, self.n_answers, self.pool = n_classes, n_answers, pool
-        self.head = _head(d_model, vocab_size if head else None, n_classes and n_classes * n_answers, tied)
+        self.n_classes, self.n_answers = n_classes, n_answers
+        if n_classes is not None:
+            self.head: nn.Module = PooledHead(d_model, n_classes, pool, n_answers)
+        else:
+            self.head = nn.Linear(d_model, vocab_size, bias=not tied) if head and vocab_size is not None else nn.Identity()
         if tied and head and n_classes is None:
             self.head.weight = self.embedding.weight
         self.causal = n_classes is None and all(mixer.causal for mixer in self.mixers)
@@ -192,11 +190,7 @@ class Stack(SequenceModel):
         if "last" in want and self.n_classes is None:
             x = last_real(x, lengths)
         x = self.norm(x)
-        if self.n_classes is not None:
-            x = mean_real(x, lengths) if self.pool == "mean" else last_real(x, lengths)[:, 0]
-        logits = self.head(x)
-        if self.n_classes is not None and self.n_answers > 1:
-            logits = logits.unflatten(-1, (self.n_answers, self.n_classes))
+        logits = self.head(x, lengths) if self.n_classes is not None else self.head(x)
         if not want:
             return logits
         after, losses, record, means = self.collect(outputs, tokens, state, lengths, want)
@@ -284,10 +278,6 @@ class Stack(SequenceModel):
             state["source"] = self.encode(batch_size, source, source_lengths).state(batch_size)
         return state
 
-    def check_states(self) -> None:
-        if self.n_classes is not None:
-            raise NotImplementedError("a Stack with n_classes answers once for a whole input: it has no state, no step and no generation")
-
     def reserve(self, state: State, n: int) -> State:
         layers = [mixer.reserve(layer, n) for mixer, layer in zip(self.mixers, state["layers"], strict=True)]
         return state | {"layers": layers}
@@ -319,12 +309,6 @@ class Stack(SequenceModel):
 
     def derived_metrics(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for mixer in self.mixers for name, value in mixer.derived_metrics(losses).items()}
-
-
-def _head(d_model: int, vocab_size: int | None, answers: int | None, tied: bool) -> nn.Module:
-    if answers is not None:
-        return nn.Linear(d_model, answers)
-    return nn.Identity() if vocab_size is None else nn.Linear(d_model, vocab_size, bias=not tied)
 
 
 def _position(kind: Position, d_model: int, max_len: int | None) -> Embedding | Gate | Rotate | Sinusoidal | None:

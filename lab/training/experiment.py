@@ -93,9 +93,7 @@ def check_head(model: SequenceModel, task: Task, node: Any) -> None:
         problem = f"task {name} predicts tokens, and the model has a pooled head of {model.n_classes} classes; it must be null"
         raise MistakeError(("model", "n_classes"), problem)
     if wanted is not None and "n_classes" not in node:
-        problem = (
-            f"task {name} has {wanted} classes, and {type(model).__name__} has no pooled head; the models of lab.models.Stack have one"
-        )
+        problem = f"task {name} has {wanted} classes, and {type(model).__name__} has no pooled head: it takes no n_classes"
         raise MistakeError(("model",), problem)
     if model.n_classes != wanted:
         has = "predicts tokens" if model.n_classes is None else f"has {model.n_classes}"
