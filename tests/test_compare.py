@@ -10,7 +10,6 @@ import pytest
 from conftest import TINY
 
 from lab.analysis.expectations import Expectation, judge
-from lab.analysis.statistics import estimate
 from lab.cli import compare as lab_compare
 from lab.config import compose
 from lab.files import write_json
@@ -51,15 +50,7 @@ def found() -> dict:
     return json.loads(path.read_text())
 
 
-# ----------------------------------------------------------------------- statistics
-
-
-def test_the_interval_is_students():
-    assert estimate([3.0]) == (1, 3.0, None, None)
-    n, mean, low, high = estimate([0.8, 0.9, 1.0])
-    assert (n, mean) == (3, pytest.approx(0.9))
-    assert (low, high) == (pytest.approx(0.9 - 0.24841377), pytest.approx(0.9 + 0.24841377))  # 4.302653 * 0.1 / sqrt(3)
-    assert estimate([1.0, 1.0]) == (2, 1.0, 1.0, 1.0)
+# ----------------------------------------------------------------------- verdicts
 
 
 @pytest.mark.parametrize(
@@ -108,7 +99,7 @@ FIRST, SECOND = "test/exact_match, model: mamba, scale", "over: attention, at_le
     ("old", "new", "sentence"),
     [
         ("models:", "modles:", "modles (tiny.yaml:3): there is no such key; did you mean models?"),
-        (MODELS, "", "tiny.yaml: it compares nothing, for it has no `models`; lab-train trains a single experiment"),
+        (MODELS, "", "tiny.yaml: it compares nothing, for it has no `models`; models=A,B on the command line names them"),
         ("mamba:\n", "mamba: [model=mamba, model.d_modle=8]\n",
          "models.mamba (tiny.yaml:5): model.d_modle: lab.models.Stack has no such argument; did you mean model.d_model?"),
         ("[model=transformer,", "[model=tranformer,",
@@ -150,6 +141,31 @@ def test_a_mistake_in_the_words_is_one_sentence(capsys):
     assert mistake(["tiny.yaml", "trainer.max_step=3"], capsys).endswith("did you mean trainer.max_steps?")
     assert "got none" in mistake([], capsys) and "no such file" in mistake(["tiy.yaml"], capsys)
     assert "leave out tiny.yaml" in mistake(["--show", "runs", "tiny.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("models=lot sedes=2", "sedes (command line): there is no such key; did you mean seeds?"),
+        ("models=lot thread=2", "thread (command line): there is no such key; did you mean threads?"),
+        ("modles=lot,mamba", "modles (command line): there is no such key; did you mean models?"),
+        ("model=lot,mamba seeds=2", "model (command line): one for all of them compares nothing; did you mean models=lot,mamba?"),
+        ("model=lot", "model (command line): one for all of them compares nothing; did you mean models=lot?"),
+        ("models=lot,mambo", "models (command line): there is no model mambo; did you mean mamba?"),
+        ("models=lot,lot", "models (command line): lot is named 2 times"),
+        ("models=", "models (command line): expected names, as models=lot,mamba, got none"),
+        ("", f"{ROOT}/experiments/copy_reverse_small.yaml: it compares nothing, for it has no `models`"),
+    ],
+)
+def test_a_mistake_in_the_words_of_an_experiment_without_models(words, sentence, capsys):
+    assert mistake(["experiment=copy_reverse_small", *words.split()], capsys).startswith(sentence)
+
+
+def test_any_experiment_is_compared():
+    read = comparison.read(["experiment=copy_reverse_small", "models=lot,transformer,mamba", "seeds=8", "trainer.max_steps=3"])
+    assert read.models == {name: [f"model={name}"] for name in ("lot", "transformer", "mamba")} and read.seeds == [*range(1, 9)]
+    assert read.shared == ["experiment=copy_reverse_small", "trainer.max_steps=3"] and read.name == "copy_reverse_small"
+    assert read.metrics == ["test/token_accuracy"] and read.expectations == []
 
 
 @pytest.mark.parametrize(
@@ -233,7 +249,10 @@ def player(monkeypatch):
                     done.write_job("failed", reason=what)
                     self.record(job, what)
                     continue
-                (done.path / "metrics.jsonl").write_text(json.dumps({"step": 4, "val/ce_loss": 0.5, "val/exact_match": 0.7}) + "\n")
+                spent = ({"train/tokens": 32 * step, "train/seconds": 0.5 * step * key[1]} for step in (2, 4))
+                rows = [{"step": 2, "val/ce_loss": 0.9, "val/exact_match": 0.3}, {"step": 4, "val/ce_loss": 0.5, "val/exact_match": 0.7}]
+                rows = [row | more for row, more in zip(rows, spent, strict=True)]
+                (done.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 done.write_job("done", reason=None, step=4)
                 far = "not applicable (max_len 16)" if key[0] == "transformer" else {"exact_match": what}
                 scores = {"step": 4, "params": 99, "metrics": {"exact_match": what}, "references": {"best constant": 0.25}}
@@ -264,7 +283,9 @@ def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
     out, err = capsys.readouterr()
     assert player.calls == ["train mamba 1", "train transformer 2", "train mamba 2"]
     assert err == "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
-    assert "mamba: seed 1: failed: the loss is NaN" in out and "0.750 (n 1)" in out
+    assert "mamba: seed 1: failed: the loss is NaN" in out and "0.750 (n 1); 1 of 2 seeds" in out
+    assert "without mamba: seed 1: failed: the loss is NaN" in out and "1 of 2" in out  # of the table of models
+    assert "attention and mamba: cannot be significant with 1 seed, which has no spread; of 2 seeds 1 is paired" in out
 
     player.plan, player.calls[:] = {("mamba", 1): 0.75}, []
     assert run("tiny.yaml") == 0 and player.calls == ["train mamba 1"]
@@ -303,6 +324,28 @@ def test_what_it_writes_and_prints(player, capsys):
     assert "it is left out" in capsys.readouterr().out and len(list(Path("runs/comparisons").iterdir())) == 2
 
 
+def test_the_pairs_and_the_curves(player, capsys):
+    words = ["tiny.yaml", "seeds=8"]
+    player.plan = {("transformer", seed): 0.5 + seed / 100 for seed in range(1, 9)} | {("mamba", 3): "the loss is NaN"}
+    player.plan |= {("mamba", seed): 0.9 + seed % 2 / 100 for seed in (1, 2, 4, 5, 6, 7, 8)}
+    assert run(*words, "--format", "markdown") == 1
+    out, document = capsys.readouterr().out, found()
+    (pair,) = document["pairs"]  # at 32 the transformer is not applicable
+    assert [pair[name] for name in ("a", "b", "metric", "length", "n")] == ["attention", "mamba", "test/exact_match", 16, 7]
+    assert pair["difference"] == pytest.approx(-0.3571, abs=1e-4) and pair["low"] < pair["difference"] < pair["high"] < -0.3
+    assert pair["p"] == pair["p_holm"] == 0.015625 and pair["effect"] < -10
+    assert pair["text"] == "mamba is better than attention by 0.357 [0.332, 0.382]; of 8 seeds 7 are paired" and pair["text"] in out
+    assert "| mamba | 99 | 7 of 8 |" in out and "without mamba: seed 3: failed: the loss is NaN" in out
+    lines = {(line["model"], line["metric"], line["x"]): line["points"] for line in document["curves"]}
+    assert len(lines) == 12 and lines["mamba", "val/ce_loss", "step"] == [[2, 7, 0.9, 0.9, 0.9], [4, 7, 0.5, 0.5, 0.5]]
+    assert [point[0] for point in lines["attention", "val/exact_match", "tokens"]] == [64, 128]
+    assert [point[0] for point in lines["attention", "val/exact_match", "seconds"]] == [4.5, 9.0]  # mean of the seeds
+    (folder,) = Path("runs/comparisons").iterdir()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    svg = (folder / "curves.svg").read_text()
+    assert svg.count('id="axes_') == 6
+
+
 def test_a_run_that_a_callback_ended_is_done(player, capsys):
     assert run("tiny.yaml") == 0
     for each in found()["runs"]:
@@ -322,7 +365,7 @@ def test_show_says_what_is_wrong(capsys):
     assert "there is no such file; lab-compare FILE writes it" in capsys.readouterr().err
     Path("comparison.json").write_text("{}")
     assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks runs" in capsys.readouterr().err
-    older = {"runs": [], "summary": [], "expectations": [], "models": {}, "metrics": [], "method": ""}
+    older = {"runs": [], "summary": [], "expectations": [], "models": {}, "metrics": [], "method": "", "pairs": [], "curves": []}
     Path("comparison.json").write_text(json.dumps(older))
     assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks seq_len" in capsys.readouterr().err
 
@@ -359,5 +402,8 @@ def test_two_real_runs(monkeypatch, capsys):
     document = found()
     assert [each["verdict"] for each in document["expectations"]] == ["held", "not held", "held"]
     assert all(run["seconds"] > 0 and run["status"] == "done" for run in document["runs"])
+    steps, tokens, seconds = ([p for p in line["points"]] for line in document["curves"] if line["metric"] == "val/ce_loss")
+    assert [point[:2] for point in steps] == [[6, 2], [12, 2]] and [point[0] for point in tokens] == [6 * 8 * 16, 12 * 8 * 16]
+    assert 0 < seconds[0][0] < seconds[1][0] < document["runs"][0]["seconds"] and steps[0][3] < steps[0][2] < steps[0][4]
     values = document["expectations"][0]["values"]["lot"]
     assert values["3"] != values["4"]

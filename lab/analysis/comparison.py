@@ -40,7 +40,8 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
                     summary.append(line | estimate(list(values.values()))._asdict())
             compared += pairs(scores, metric, length, len(comparison.seeds))
     validated = dict.fromkeys(f"val/{name.partition('/')[2]}" for name in (*comparison.metrics, "val/ce_loss"))
-    folders = {model: [Path(run["folder"]) for run in found if run["model"] == model and run["status"] == "done"] for model in comparison.models}
+    done = [run for run in found if run["status"] == "done"]
+    folders = {model: [Path(run["folder"]) for run in done if run["model"] == model] for model in comparison.models}
     return {
         "name": comparison.name,
         "command": shlex.join(["lab-compare", *comparison.words]),
@@ -200,9 +201,8 @@ def _of_models(found: Mapping[str, Any]) -> Report:
     for model in found["models"]:
         done = [run for run in found["runs"] if run["model"] == model and run["status"] == "done"]
         seconds = [run["seconds"] for run in done if run["seconds"] is not None]
-        missing = len(found["seeds"]) - len(done)
         row: dict[str, Any] = {"model": model, "params": done[0]["params"] if done else None}
-        row["n"] = f"{len(done)} of {len(found['seeds'])}" if missing else len(done)
+        row["n"] = f"{len(done)} of {len(found['seeds'])}" if len(done) < len(found["seeds"]) else len(done)
         row["seconds a run"] = round(sum(seconds) / len(seconds)) if seconds else None
         lines = {(line["metric"], line["length"]): line for line in summary if line["model"] == model}
         for metric, length in places:
@@ -215,7 +215,8 @@ def _of_models(found: Mapping[str, Any]) -> Report:
         rows.append(row)
     references = {f"{name} {number(value)}" for run in found["runs"] for name, value in run["references"].items()}
     notes = [found["method"] + "; scores of the checkpoint that validation chose; seconds of training"]
-    without = {model: {run["seed"]: _not_done(run) for run in found["runs"] if run["model"] == model and run["status"] != "done"} for model in found["models"]}
+    missing = [run for run in found["runs"] if run["status"] != "done"]
+    without = {model: {run["seed"]: _not_done(run) for run in missing if run["model"] == model} for model in found["models"]}
     notes += [f"without {lacking(model, seeds, len(seeds) < len(found['seeds']))}" for model, seeds in without.items() if seeds]
     notes += [f"without a model: {', '.join(sorted(references))}"] if references else []
     return Report(list(rows[0]), rows, notes)
@@ -229,7 +230,8 @@ def _of_pairs(found: Mapping[str, Any]) -> Report:
         numbers = {name: "" if line[name] is None else f"{line[name]:.3g}" for name in ("p", "p_holm", "effect")}
         row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
         rows.append(row | {"p by Holm": numbers["p_holm"], "effect": numbers["effect"], "in words": line["text"]})
-    apart = [f"{a} and {b}" for a, b in combinations(found["models"], 2) if not any((line["a"], line["b"]) == (a, b) for line in found["pairs"])]
+    together = {(line["a"], line["b"]) for line in found["pairs"]}
+    apart = [f"{a} and {b}" for a, b in combinations(found["models"], 2) if (a, b) not in together]
     return Report(list(rows[0]), rows, [found["test"], *([f"no seed in common: {', '.join(apart)}"] if apart else [])])
 
 

@@ -30,7 +30,7 @@ def validations(folder: Path) -> list[dict[str, Any]]:
 
 
 def curves(runs: Mapping[str, Sequence[Path]], metrics: Iterable[str]) -> list[dict[str, Any]]:
-    """{model, metric, x, points [[x, n, mean, low, high], ...]} of each model, validation score and axis. runs: {model: folders of its seeds}.
+    """{model, metric, x, points [[x, n, mean, low, high], ...]} of each model, validation score and axis. runs: {model: folders}.
 
     The seeds meet at a step; x is the mean of theirs there.
     """

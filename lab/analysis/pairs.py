@@ -46,7 +46,8 @@ def _sentence(line: Mapping[str, Any], attainable: float, tests: int) -> str:
     if attainable > ALPHA:
         corrected = f", {attainable:.3g} for one of {tests} pairs" if tests > 1 else ""
         least = fewest_seeds(tests)
-        return f"{a} and {b}: cannot be significant with {seeds} (the smallest two-sided p is {smallest_p(n):.3g}{corrected}); it takes {least}"
+        smallest = f"the smallest two-sided p is {smallest_p(n):.3g}{corrected}"
+        return f"{a} and {b}: cannot be significant with {seeds} ({smallest}); it takes {least}"
     if line["p_holm"] <= ALPHA:
         a_is_it = (line["difference"] < 0) == (name in LOWER)
         low, high = sorted(end if (line["difference"] > 0) else -end for end in (line["low"], line["high"]))

@@ -4,8 +4,9 @@
     seeds      a list, or how many, from 1 on; on the command line as well
     expect     a list of expectations (lab/analysis/expectations.py)
 
-Any other experiment is one as soon as the command line names `models`. Everything else in the file is the experiment that all models have in common. A run is `lab-train` with the words of its model and a
-seed, then `lab-eval` on the test split: a sweep, of which the pool, the folders, skipping and resuming are those of any other.
+Any other experiment is one as soon as the command line names `models`. Everything else in the file is the experiment that all models have
+in common. A run is `lab-train` with the words of its model and a seed, then `lab-eval` on the test split: a sweep, of which the pool, the
+folders, skipping and resuming are those of any other.
 """
 
 from __future__ import annotations
@@ -200,9 +201,7 @@ def _check_words(shared: Sequence[str], own: Mapping[str, str], layer: Layer, na
         if key == "model" and not value.startswith("{") and ("," in value or not named):
             raise ConfigError(f"model ({SHELL}): one for all of them compares nothing; did you mean models={value}?")
     if not named and "models" not in own:
-        raise ConfigError(
-            f"{layer.name}: it compares nothing, for it has no `models`; models=A,B on the command line names them, and lab-train trains one"
-        )
+        raise ConfigError(f"{layer.name}: it compares nothing, for it has no `models`; models=A,B on the command line names them")
 
 
 def _named(text: str) -> dict[str, list[str]]:
@@ -216,6 +215,8 @@ def _named(text: str) -> dict[str, list[str]]:
 
 def _listed(text: str) -> list[str]:
     names = [name.strip() for name in text.strip("[]").split(",")]
+    if "" in names:
+        raise ConfigError(f"models ({SHELL}): expected names, as models=lot,mamba, got {text or 'none'}")
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"models ({SHELL}): {name} is named {names.count(name)} times")
