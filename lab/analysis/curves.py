@@ -86,7 +86,7 @@ def plot_curves(found: Sequence[Mapping[str, Any]], seeds: int) -> Plot:
             row[0].set_ylim(bottom=min(values) / 1.5)  # the band of a few seeds may reach zero
         elif name in HIGHER:
             row[0].set_ylim(-0.03, 1.03)
-        row[0].set_ylabel(f"validation: {TITLES.get(name, name.replace('_', ' '))}", size=SIZE)
+        row[0].set_ylabel(f"validation\n{TITLES.get(name, name.replace('_', ' '))}", size=SIZE)
     handles = []
     for model in models:
         counts = {point[1] for line in found if line["model"] == model for point in line["points"]}

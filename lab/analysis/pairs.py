@@ -16,15 +16,16 @@ LOWER = ("ce_loss", "loss", "bits_per_byte", "perplexity")
 def pairs(scores: Mapping[str, Mapping[int, float]], metric: str, length: int, seeds: int) -> list[dict[str, Any]]:
     """Each two models that have a seed in common. scores: {model: {seed: score}} of those that are there. seeds: how many there should be.
 
-    {a, b, metric, length, n, difference (a - b), low, high, p, p_holm, effect, text}; p and p_holm are None of one seed, effect also
-    where all differences are equal.
+    {a, b, metric, length, n, difference (a - b), low, high, p, p_holm, effect, text}; p and p_holm are None of one seed, effect of
+    fewer than three and where all differences are equal.
     """
     found: list[dict[str, Any]] = []
     for a, b in combinations(scores, 2):
         differences = tuple(scores[a][seed] - scores[b][seed] for seed in sorted(scores[a]) if seed in scores[b])
         if differences:
             n, mean, low, high = estimate(differences)
-            line = {"a": a, "b": b, "metric": metric, "length": length, "n": n, "difference": mean, "low": low, "high": high}
+            line: dict[str, Any] = {"a": a, "b": b, "metric": metric, "length": length, "n": n}
+            line |= {"difference": mean, "low": low, "high": high}
             line |= {"p": p_of(differences) if n > 1 else None, "p_holm": None, "effect": effect_size(differences)}
             found.append(line)
     tested = [line for line in found if line["n"] > 1]
