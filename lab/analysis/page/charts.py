@@ -127,7 +127,7 @@ def costs(study: Study) -> list[View]:
         return []
     metric = study.metrics[0]
     lengths = study.lengths(metric)
-    ends = [n for n in dict.fromkeys([study.seq_len, *lengths[-1:]]) if n in lengths] or [None]
+    ends: list[int | None] = [n for n in dict.fromkeys([study.seq_len, *lengths[-1:]]) if n in lengths] or [None]
     views = []
     for name, label, cost in COSTS:
         panels = []

@@ -105,7 +105,7 @@ def _ranked(study: Study) -> list[str]:
     """The scores of the models in their order, where no pair was tested."""
     found = []
     for metric in study.metrics[:2]:
-        lengths = study.lengths(metric) or [None]
+        lengths: list[int | None] = [*study.lengths(metric)] or [None]
         for length in dict.fromkeys([study.seq_len if study.seq_len in lengths else lengths[0], lengths[-1]]):
             lines = [line for model in study.models if (line := study.line(model, metric, length))]
             lines.sort(key=lambda line: line["mean"], reverse=not lower_is_better(metric))
@@ -124,7 +124,7 @@ def _claim(each: Mapping[str, Any]) -> Element:
     said: list[Child] = [el("strong", str(each["verdict"])), " ", str(each.get("claim") or each["text"])]
     detail = f"{each['text']}; {measured}" + (f" ({each['why']})" if each.get("why") else "")
     mark = el("span", VERDICTS.get(each["verdict"], "?"), class_="sign", aria_hidden="true")
-    source = [" ", el("cite", str(each["source"]))] if each.get("source") else []
+    source: list[Child] = [" ", el("cite", str(each["source"]))] if each.get("source") else []
     return el("li", mark, el("div", *said, el("small", detail, source)), class_=str(each["verdict"]).replace(" ", "-"))
 
 

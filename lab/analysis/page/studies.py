@@ -151,7 +151,8 @@ def _of_rows(found: list[Row], apart: list[str]) -> Study:
     for row in found:
         experiments.setdefault(row.experiment if row.config else "", []).append(row)
     named = _labels(found, experiments)
-    views, models = [], {}
+    views: list[RunView] = []
+    models: dict[str, list[str]] = {}
     for key, group in experiments.items():
         kept = newest(group)
         for row in group:
