@@ -35,6 +35,7 @@ def installed(tmp_path_factory):
 
 def test_the_wheel_holds_every_file(installed):
     wanted = {path.relative_to(ROOT) for path in (ROOT / "lab").rglob("*.py")} | {Path("lab/py.typed")}
+    wanted |= {Path("lab/analysis/page") / name for name in ("page.css", "page.js")}
     for folder in ("configs", "experiments"):
         wanted |= {Path("lab") / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.yaml")}
     got = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}

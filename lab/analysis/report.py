@@ -193,7 +193,7 @@ def best_validation(path: Path) -> dict[str, Any]:
 
 def last_step(path: Path) -> int | None:
     """The latest step in the metrics.jsonl of a run that may be at work; None before its first row."""
-    with suppress(OSError, ValueError, KeyError), (path / "metrics.jsonl").open("rb") as file:
+    with suppress(OSError, ValueError, KeyError, TypeError), (path / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         return int(json.loads(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])  # a row that is being written has no end
     return None
@@ -247,7 +247,7 @@ def by_seed(found: list[Row]) -> Report:
     tests, evaluated = _names(row.test for row in found), _differing_evaluations(found)
     lines, means, kept, mixed = [], [], [], False
     for rows_of_one in groups.values():
-        group = _one_of_each_seed(rows_of_one)
+        group = newest(rows_of_one)
         first, done = group[0], [row for row in group if row.status == "done"]
         tested = [row for row in done if row.test]
         alike = len({json.dumps([row.test_data.get(name) for name in evaluated]) for row in tested}) <= 1
@@ -283,7 +283,7 @@ def by_seed(found: list[Row]) -> Report:
     return replace(report, notes=[*report.notes, *notes])
 
 
-def _one_of_each_seed(group: list[Row]) -> list[Row]:
+def newest(group: list[Row]) -> list[Row]:
     """Of the runs of one experiment with the same seed the newest that is done, or the newest."""
     kept: dict[Any, Row] = {}
     for row in group:
