@@ -158,7 +158,7 @@ def test_help_is_ours_and_hydras_is_hydras(capsys):
         lab_train.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "examples:" in text and SMALL in text and "--hydra-help" in text and "hydra.run.dir" not in text
-    assert "copy_reverse, copy_reverse_small" in text and "lab-train -m" in text
+    assert "ablation/lattice" in text and "copy_reverse_small" in text and "lab-train -m" in text
     assert lab_train.main(["--hydra-help"]) == 0
     assert "--multirun" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from lab.ops import native
 from lab.training import Run, RunError, evaluate_run, train
 
 SCHEMA = (
-    "task model checkpoint split step params metrics references published data by_length by_position config_hash code_version git_commit "
+    "task model checkpoint split step params cost metrics references published data by_length by_position config_hash code_version git_commit "
     "seed backends env"
 ).split()
 

@@ -33,7 +33,7 @@ def jobs(tmp_path, monkeypatch):
         (["++seed=range(1,3)"], [["++seed=1"], ["++seed=2"]]),
         (["model.mixer.phase_mode=choice(wave,gain)"], [["model.mixer.phase_mode=wave"], ["model.mixer.phase_mode=gain"]]),
         (["model=transformer", "mixer@model.mixer=attention,lattice"], [["mixer@model.mixer=attention"], ["mixer@model.mixer=lattice"]]),
-        (["task.eval_lengths=[1],[1,2]", "~logger"], [["task.eval_lengths=[1]"], ["task.eval_lengths=[1,2]"]]),
+        (["optimizer.betas=[0.9,0.95],[0.9,0.99]", "~logger"], [["optimizer.betas=[0.9,0.95]"], ["optimizer.betas=[0.9,0.99]"]]),
         (["experiment=glob(copy_reverse*vanilla)"], [["experiment=copy_reverse_small_vanilla"], ["experiment=copy_reverse_vanilla"]]),
         (["seed=1,1"], [["seed=1"]]),
         (["seed=3"], [[]]),

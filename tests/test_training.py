@@ -177,7 +177,7 @@ def test_a_run_logs_what_is_promised(tiny):
     expected = "loss ce_loss sync diversity exact_match sync_order grad_norm lr tokens_per_second"
     assert train_rows[0].keys() == {"step", *(f"grad_norm/{part}" for part in PARTS), *(f"train/{name}" for name in expected.split())}
     expected = "loss ce_loss token_accuracy exact_match exact_match_free sync diversity mean_sync_order"
-    assert val_rows[0].keys() == {"step", *(f"val/{name}" for name in expected.split())}
+    assert val_rows[0].keys() == {"step", "train/tokens", "train/seconds", *(f"val/{name}" for name in expected.split())}
     for row in train_rows:
         assert row["train/loss"] == pytest.approx(row["train/ce_loss"] + 0.02 * row["train/sync"] + 0.01 * row["train/diversity"], rel=1e-5)
         assert row["train/sync_order"] == pytest.approx(1 - row["train/sync"], rel=1e-5)

@@ -83,8 +83,10 @@ class Job:
         asked = set(task.get("eval_lengths") or ())
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             asked |= {int(length) // task["seq_len"] for length in self._scores()["by_length"]}
-        own = Run(self.path).config()["task"].get("eval_lengths") if asked else None
-        return [] if own is None or asked <= set(own) else [f"task.eval_lengths={sorted(asked)}"]
+        with suppress(RunError):  # lab-eval will say what is wrong
+            own = Run(self.path).config()["task"].get("eval_lengths")
+            return [] if own is None or asked <= set(own) else [f"task.eval_lengths={sorted(asked)}"]
+        return []
 
     def _trust(self) -> list[str]:
         """The user typed this config, so lab-eval may call what it names."""
