@@ -86,7 +86,9 @@ class Counter(TorchDispatchMode):
         """What an op gives for arguments without numbers, its operations counted by its own formula."""
         assert op.flops is not None
         self.total += op.flops(*args)
-        run = next(backend.run for backend in op.backends if backend.supports(*args) is None)
+        run = next((backend.run for backend in op.backends if backend.supports(*args) is None), None)
+        if run is None:
+            raise ValueError(f"cost: op {op.name} has no backend for tensors without numbers")
         before, self.paused = self.paused, True
         try:
             return run(*args)

@@ -82,7 +82,9 @@ def solve(composed: Composed, model_at: Callable[[str, int], Any]) -> Layer:
             raise MistakeError(("match", "knob"), f"the {UNITS[match.by]} of {model} do not depend on {knob}") from None
         build_node("model", composed.config["model"], None)  # says what is wrong with the model itself
         raise MistakeError(("match", "knob"), f"{model} can be built with no {knob}") from None
-    except (RuntimeError, OSError) as error:
+    except ConfigError:
+        raise
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
         problem = f"{model} cannot be built or run without numbers, on torch's meta device ({str(error).splitlines()[0]})"
         raise MistakeError(("match",), problem) from error
     if current[0] is not None and at(current[0]) == found:  # a model that matches itself

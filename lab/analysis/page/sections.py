@@ -114,7 +114,7 @@ def _ranked(study: Study) -> list[str]:
             if lines:
                 found.append(f"{metric}{where}, the best first: {scores}.")
     if found and len(study.models) > 1:
-        found.append("No pair was tested: where intervals overlap, the order may be chance.")
+        found.append("No pair was tested: the order may be chance.")
     return found
 
 
