@@ -16,8 +16,8 @@ from lab.ops import native
 from lab.training import Run, RunError, evaluate_run, train
 
 SCHEMA = (
-    "task model checkpoint split step params cost metrics references published data by_length by_position config_hash code_version git_commit "
-    "seed backends env"
+    "task model checkpoint split step params cost metrics references published data by_length by_position config_hash code_version "
+    "git_commit seed backends env"
 ).split()
 
 
