@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from lab.analysis import metrics
+from lab.analysis.expectations import Expectation, judge
 from lab.analysis.pairs import HIGHER, LOWER, pairs
 from lab.analysis.statistics import BOOTSTRAP_FROM, effect_size, estimate, fewest_seeds, holm, p_of, paired_p, seeds_needed, smallest_p
 
@@ -147,3 +148,34 @@ def test_a_sentence_is_about_one_of_several_pairs():
 
 def test_of_each_score_it_is_known_what_is_better():
     assert {*metrics.SCORES, "ce_loss", "exact_match_free", "loss"} == {*HIGHER, *LOWER} and not {*HIGHER} & {*LOWER}
+
+
+# ----------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("bounds", "scores", "verdict", "why"),
+    [
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.96, 3: 0.95}}, "held", None),
+        ({"at_least": 0.9}, {"a": {1: 0.5, 2: 0.51, 3: 0.5}}, "not held", None),
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.80, 3: 0.99}}, "cannot tell", "the interval is on both sides of the bound"),
+        ({"at_least": 0.9}, {"a": {1: 0.95}}, "cannot tell", "one seed gives no interval"),
+        ({"at_least": 0.9}, {"a": {1: 0.95, 2: 0.96, 3: "failed: NaN"}}, "cannot tell", "a: seed 3: failed: NaN"),  # though they would do
+        ({"at_least": 0.9}, {"a": {1: "killed", 2: 0.9, 3: "killed"}}, "cannot tell", "a: seeds 1, 3: killed"),
+        ({"at_least": 0.9}, {"a": {1: "not scored", 2: "not scored"}}, "cannot tell", "a: not scored"),
+        ({"at_most": 0.2}, {"a": {1: 0.1, 2: 0.11}}, "held", None),
+        ({"at_least": 0.1, "at_most": 0.2}, {"a": {1: 0.3, 2: 0.3}}, "not held", None),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5}, "b": {1: 0.5, 2: 0.1}}, "held", None),  # by seed
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: 0.5, 3: 0.7}, "b": {1: 0.5, 2: 0.1, 3: "running"}}, "cannot tell",
+         "b: seed 3: running"),
+        ({"at_least": 0.3, "over": "b"}, {"a": {1: 0.9, 2: "running"}, "b": {1: "left out", 2: "left out"}}, "cannot tell",
+         "a: seed 2: running; b: left out"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_by_the_interval(bounds, scores, verdict, why):
+    """scores: of each seed, or why it has none."""
+    given = {name: {seed: score for seed, score in of.items() if not isinstance(score, str)} for name, of in scores.items()}
+    missing = {name: {seed: score for seed, score in of.items() if isinstance(score, str)} for name, of in scores.items()}
+    got = judge(Expectation("test/exact_match", "a", "a book", **bounds), given, missing)
+    assert (got.verdict, got.why) == (verdict, why)
+    assert "over" in bounds or (got.found.n if got.found else 0) == len(given["a"])
