@@ -18,7 +18,7 @@ from lab.sweeps.pool import environment
 from lab.training.run import Interrupted, Run
 
 ROOT = Path(__file__).parents[1]
-COMPARISONS = sorted(path for folder in ("repro", "ablation") for path in (ROOT / "experiments" / folder).glob("*.yaml"))
+COMPARISONS = sorted(path for name in ("repro", "ablation", "all_models") for path in (ROOT / "experiments" / name).glob("*.yaml"))
 FILE = """\
 # @package _global_
 defaults: [copy_reverse_small]
@@ -120,6 +120,7 @@ def test_a_mistake_in_the_words_is_one_sentence(capsys):
         ("modles=lot,mamba", "modles (command line): there is no such key; did you mean models?"),
         ("model=lot,mamba seeds=2", "model (command line): one for all of them compares nothing; did you mean models=lot,mamba?"),
         ("model=lot", "model (command line): one for all of them compares nothing; did you mean models=lot?"),
+        ("model=lot models=mamba,s4", "model (command line): one for all of them compares nothing; leave it out"),
         ("models=lot,mambo", "models (command line): there is no model mambo; did you mean mamba?"),
         ("models=lot,lot", "models (command line): lot is named 2 times"),
         ("models=", "models (command line): expected names, as models=lot,mamba, got none"),
@@ -128,6 +129,47 @@ def test_a_mistake_in_the_words_is_one_sentence(capsys):
 )
 def test_a_mistake_in_the_words_of_an_experiment_without_models(words, sentence, capsys):
     assert mistake(["experiment=copy_reverse_small", *words.split()], capsys).startswith(sentence)
+
+
+PAIRS = "pairs: [[a, c], [c, b]]"
+THREE = FILE.partition("models:")[0] + "models: {a: [model=lot], b: [model=mamba], c: [model=s4d]}\nseeds: 2\n" + PAIRS + "\n"
+
+
+def test_which_pairs_are_compared(file, capsys):
+    file.write_text(THREE)
+    assert comparison.read(["tiny.yaml"]).pairs == [("a", "c"), ("c", "b")]
+    assert comparison.read(["tiny.yaml", "models=a,c"]).pairs == [("a", "c")]  # of those that are left
+    assert comparison.read(["tiny.yaml", "pairs=b"]).pairs == [("a", "b"), ("c", "b")]
+    file.write_text(THREE.replace(PAIRS, "pairs: c"))
+    assert comparison.read(["tiny.yaml"]).pairs == [("a", "c"), ("b", "c")]
+    file.write_text(THREE.replace(PAIRS, ""))
+    assert comparison.read(["tiny.yaml"]).pairs == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert "pairs" not in compose(["--config=tiny.yaml"]).config
+    assert mistake(["tiny.yaml", "pairs=d"], capsys).startswith("pairs (command line): expected one of the models, with which each other")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ("d", "there is no model d in models; there are: a, b, c"),
+        ("[[a, d]]", "there is no model d in models; there are: a, b, c"),
+        ("[[a, a]]", "a and a are one model"),
+        ("[[a, b], [b, a]]", "a and b are compared twice"),
+        ("[a, b]", "expected a name of models, with which each other one is compared, or [[a, b], ...], got ['a', 'b']"),
+    ],
+)
+def test_a_mistake_in_the_pairs_is_one_sentence(pairs, sentence, file, capsys):
+    file.write_text(THREE.replace(PAIRS, f"pairs: {pairs}"))
+    assert mistake(["tiny.yaml"], capsys) == f"pairs (tiny.yaml:5): {sentence}"
+
+
+def test_too_few_seeds_are_told_before_anything_runs(file):
+    file.write_text(THREE)
+    assert comparison.read(["tiny.yaml"]).too_few == (
+        "with 2 seeds no difference of 2 pairs can be significant, it takes 7; `pairs` asks about fewer"
+    )
+    assert comparison.read(["tiny.yaml", "seeds=7"]).too_few is None and comparison.read(["tiny.yaml", "models=a"]).too_few is None
+    assert comparison.read(["tiny.yaml", "models=a,c", "seeds=1"]).too_few == "with 1 seed no difference can be significant, it takes 6"
 
 
 def test_any_experiment_is_compared():
@@ -177,8 +219,8 @@ def test_lab_train_sees_the_experiment_alone(file):
 def test_the_comparisons_of_the_repository(path):
     """All models compose, and each expectation is of something that is scored."""
     read = comparison.read([f"experiment={path.parent.name}/{path.stem}"])
-    assert len(read.models) >= 2 and len(read.seeds) >= (8 if path.parent.name == "ablation" else 3)
-    assert read.expectations or path.parent.name == "ablation"
+    assert len(read.models) >= 2 and len(read.seeds) >= (3 if path.parent.name == "repro" else 8)
+    assert read.expectations if path.parent.name == "repro" else read.too_few is None
 
 
 # ----------------------------------------------------------------------- runs
@@ -252,10 +294,11 @@ def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
     assert run("tiny.yaml") == 1  # a failure stops nobody
     out, err = capsys.readouterr()
     assert player.calls == ["train mamba 1", "train transformer 2", "train mamba 2"]
-    assert err == "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
+    few = "lab-compare: with 2 seeds no difference can be significant, it takes 6\n"
+    assert err == few + "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
     assert "mamba: seed 1: failed: the loss is NaN" in out and "0.750 (n 1); 1 of 2 seeds" in out
     assert "without mamba: seed 1: failed: the loss is NaN" in out and "1 of 2" in out  # of the table of models
-    assert "attention and mamba: cannot be significant with 1 seed, which has no spread; of 2 seeds 1 is paired" in out
+    assert "attention and mamba: cannot tell, for of 2 seeds 1 is paired" in out
 
     player.plan, player.calls[:] = {("mamba", 1): 0.75}, []
     assert run("tiny.yaml") == 0 and player.calls == ["train mamba 1"]
@@ -304,7 +347,7 @@ def test_the_pairs_and_the_curves(player, capsys):
     assert [pair[name] for name in ("a", "b", "metric", "length", "n")] == ["attention", "mamba", "test/exact_match", 16, 7]
     assert pair["difference"] == pytest.approx(-0.3571, abs=1e-4) and pair["low"] < pair["difference"] < pair["high"] < -0.3
     assert pair["p"] == pair["p_holm"] == 0.015625 and pair["effect"] < -10
-    assert pair["text"] == "mamba is better than attention by 0.357 [0.332, 0.382]; of 8 seeds 7 are paired" and pair["text"] in out
+    assert pair["text"] == "attention and mamba: cannot tell, for of 8 seeds 7 are paired" and pair["text"] in out
     assert "| mamba | 99 | 7 of 8 |" in out and "without mamba: seed 3: failed: the loss is NaN" in out
     lines = {(line["model"], line["metric"], line["x"]): line["points"] for line in document["curves"]}
     assert len(lines) == 12 and lines["mamba", "val/ce_loss", "step"] == [[2, 7, 0.9, 0.9, 0.9], [4, 7, 0.5, 0.5, 0.5]]
@@ -314,6 +357,7 @@ def test_the_pairs_and_the_curves(player, capsys):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     svg = (folder / "curves.svg").read_text()
     assert svg.count('id="axes_') == 6
+    assert pair["text"] in (folder / "page.html").read_text()
 
 
 def test_a_run_that_a_callback_ended_is_done(player, capsys):

@@ -169,10 +169,10 @@ def test_no_text_of_a_run_becomes_markup():
 
 def test_a_comparison_answers_first():
     scores = {"a": {1: 0.75, 2: 0.8125}, EVIL: {1: 0.5, 2: 0.25}}
-    compared(pairs=pairs(scores, "test/token_accuracy", 8, 2), curves=[])
+    compared(pairs=pairs(scores, [("a", EVIL)], "test/token_accuracy", 8, 2), curves=[])
     walked = Walk(page(["runs/comparisons/mine_1"]))
     said = walked.words
-    sentence = pairs(scores, "test/token_accuracy", 8, 2)[0]["text"]
+    sentence = pairs(scores, [("a", EVIL)], "test/token_accuracy", 8, 2)[0]["text"]
     assert " ".join(sentence.split()) in said and said.index(sentence[:20]) < said.index("The models at length 8")
     assert f"cannot tell a learns it {EVIL}" in said and "arXiv:0" in said and "the interval is on both sides" in said
     assert "4 runs: 3 done, 1 failed" in said and "lab-compare mine.yaml" in said

@@ -194,4 +194,7 @@ def test_a_child_that_fails_and_one_that_is_killed(capfd):
     with pytest.raises(RuntimeError, match="failed there"):
         in_child(lambda: 1 // 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
-    assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None
+    assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None  # as the system does when memory is short
+    assert in_child(lambda: bytearray(1 << 60)) is None and in_child(lambda: torch.empty(1 << 60)[0]) is None
+    with pytest.raises(RuntimeError, match="crashed there .SIGSEGV."):
+        in_child(lambda: os.kill(os.getpid(), signal.SIGSEGV))

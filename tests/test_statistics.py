@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,19 @@ from scipy import stats
 from lab.analysis import metrics
 from lab.analysis.expectations import Expectation, judge
 from lab.analysis.pairs import HIGHER, LOWER, pairs
-from lab.analysis.statistics import BOOTSTRAP_FROM, effect_size, estimate, fewest_seeds, holm, p_of, paired_p, seeds_needed, smallest_p
+from lab.analysis.statistics import (
+    ALPHA,
+    BOOTSTRAP_FROM,
+    effect_size,
+    estimate,
+    fewest_seeds,
+    holm,
+    p_of,
+    paired_interval,
+    paired_p,
+    seeds_needed,
+    smallest_p,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +84,28 @@ def test_sums_that_are_equal_but_for_rounding_are_equal(rows):
     assert p_of((0.0, 0.0, 0.0)) == 1
 
 
+@pytest.mark.parametrize("n", [6, 8, 13, 15])
+def test_the_interval_of_a_difference_is_what_the_test_does_not_reject(n):
+    """At its ends p crosses ALPHA, so that an interval without zero and a significant p are one and the same."""
+    for values in np.random.default_rng(n).exponential(size=(3, n)) - 0.3:
+        _, mean, low, high = paired_interval(values)
+        assert low < mean < high and mean == pytest.approx(values.mean())
+        step = 1e-6 * (high - low)
+        assert p_of(tuple(values - (low - step))) <= ALPHA < p_of(tuple(values - (low + step)))
+        assert p_of(tuple(values - (high + step))) <= ALPHA < p_of(tuple(values - (high - step)))
+
+
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    held = {}
+    for name, draws in {"normal": rng.normal(size=(2000, 8)), "heavy tails": rng.standard_t(2, (2000, 8))}.items():
+        found = [paired_interval(row) for row in draws]
+        held[name] = np.mean([each.low <= 0 <= each.high for each in found])
+    assert all(0.94 < share < 0.965 for share in held.values()), held
+    assert paired_interval([0.1, 0.2, 0.3]) == estimate([0.1, 0.2, 0.3])  # three have no such interval
+    assert paired_interval([0.3] * 8) == (8, 0.3, 0.3, 0.3)
+
+
 def test_the_smallest_p():
     assert (smallest_p(5), smallest_p(8)) == (0.0625, 0.0078125) and smallest_p(40) == 0.0002
     assert [fewest_seeds(tests) for tests in (1, 3, 28)] == [6, 7, 11]
@@ -102,11 +136,11 @@ def test_a_planted_difference_is_found_at_the_promised_power(simulate):
 
 
 def texts(differences, metric="test/exact_match", seeds=None, third=None) -> list[str]:
-    """differences: a - b of each seed, None where b has none. third: of a further model that differs from b by as much as a."""
+    """differences: a - b of each seed, None where b has none. third: whether there is a model more, the same as a."""
     a = {seed: 0.5 for seed in range(len(differences))}
     b = {seed: 0.5 - d for seed, d in enumerate(differences) if d is not None}
     scores = {"a": a, "b": b} | ({"c": a} if third else {})
-    return [line["text"] for line in pairs(scores, metric, 16, seeds or len(differences))]
+    return [line["text"] for line in pairs(scores, list(combinations(scores, 2)), metric, 16, seeds or len(differences))]
 
 
 SIX = (0.1, 0.2, 0.3, 0.1, 0.2, 0.3)
@@ -115,13 +149,13 @@ SIX = (0.1, 0.2, 0.3, 0.1, 0.2, 0.3)
 @pytest.mark.parametrize(
     ("differences", "metric", "text"),
     [
-        (SIX, "test/exact_match", "a is better than b by 0.2 [0.106, 0.294]"),
-        ([-d for d in SIX], "test/exact_match", "b is better than a by 0.2 [0.106, 0.294]"),
-        (SIX, "test/ce_loss", "b is better than a by 0.2 [0.106, 0.294]"),
-        ([-d for d in SIX], "val/ce_loss", "a is better than b by 0.2 [0.106, 0.294]"),
-        (SIX, "test/mean_sync_order", "a is higher than b by 0.2 [0.106, 0.294]"),
-        ([-d for d in SIX], "test/sync", "b is higher than a by 0.2 [0.106, 0.294]"),
-        ((*SIX, None, None), "test/exact_match", "a is better than b by 0.2 [0.106, 0.294]; of 8 seeds 6 are paired"),
+        (SIX, "test/exact_match", "a is better than b by 0.2 [0.1, 0.3]"),
+        ([-d for d in SIX], "test/exact_match", "b is better than a by 0.2 [0.1, 0.3]"),
+        (SIX, "test/ce_loss", "b is better than a by 0.2 [0.1, 0.3]"),
+        ([-d for d in SIX], "val/ce_loss", "a is better than b by 0.2 [0.1, 0.3]"),
+        (SIX, "test/mean_sync_order", "a is higher than b by 0.2 [0.1, 0.3]"),
+        ([-d for d in SIX], "test/sync", "b is higher than a by 0.2 [0.1, 0.3]"),
+        ((*SIX, None, None), "test/exact_match", "a and b: cannot tell, for of 8 seeds 6 are paired"),
         ((0.1, 0.2, -0.1, 0.1, -0.05, 0.2), "test/exact_match", "a and b: not distinguishable with 6 seeds; about 35 would be needed"),
         ((0.1, -0.1, 0.1, -0.1, 0.1, -0.09), "test/exact_match",
          "a and b: not distinguishable with 6 seeds; more than 1,000 would be needed"),
@@ -129,7 +163,8 @@ SIX = (0.1, 0.2, 0.3, 0.1, 0.2, 0.3)
         ((0.1, 0.2, 0.1, 0.2, 0.1), "test/exact_match",
          "a and b: cannot be significant with 5 seeds (the smallest two-sided p is 0.0625); it takes 6"),
         ((0.1, None, None), "test/exact_match",
-         "a and b: cannot be significant with 1 seed, which has no spread; of 3 seeds 1 is paired"),
+         "a and b: cannot tell, for of 3 seeds 1 is paired"),
+        ((0.1,), "test/exact_match", "a and b: cannot be significant with 1 seed, which has no spread"),
     ],
 )  # fmt: skip
 def test_a_sentence(differences, metric, text):
@@ -144,6 +179,17 @@ def test_a_sentence_is_about_one_of_several_pairs():
     assert seven[0].startswith("a is better than b by 0.2 [") and seven[2].startswith("c is better than b")
     assert seven[1] == "a and c: not distinguishable with 7 seeds; they differ in none"
     assert texts((None,) * 3) == []
+
+
+def test_pairs_are_those_that_are_planned_and_all_of_them_count():
+    """What has no score yet, or lost its runs, makes no other pair more significant."""
+    a = {seed: 0.5 + d for seed, d in enumerate((*SIX, 0.2))}
+    scores = {"a": a, "b": dict.fromkeys(range(7), 0.5), "c": {}}
+    (alone,) = pairs(scores, [("a", "b")], "test/exact_match", 16, 7)
+    (of_three,) = pairs(scores, [("a", "b"), ("a", "c"), ("b", "c")], "test/exact_match", 16, 7)
+    assert alone["p_holm"] == alone["p"] == of_three["p"] == 2 / 2**7 and of_three["p_holm"] == 3 * of_three["p"]
+    (turned,) = pairs(scores, [("b", "a")], "test/exact_match", 16, 7)
+    assert turned["difference"] == -alone["difference"] and (turned["low"], turned["high"]) == (-alone["high"], -alone["low"])
 
 
 def test_of_each_score_it_is_known_what_is_better():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
                 if values:
                     line = {"model": model, "metric": metric, "length": length, "seeds": list(values), "values": list(values.values())}
                     summary.append(line | estimate(list(values.values()))._asdict())
-            compared += pairs(scores, metric, length, len(comparison.seeds))
+            compared += pairs(scores, comparison.pairs, metric, length, len(comparison.seeds))
     validated = dict.fromkeys(f"val/{name.partition('/')[2]}" for name in (*comparison.metrics, "val/ce_loss"))
     done = [run for run in found if run["status"] == "done"]
     folders = {model: [Path(run["folder"]) for run in done if run["model"] == model] for model in comparison.models}
@@ -54,6 +54,7 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
         "metrics": comparison.metrics,
         "runs": found,
         "summary": summary,
+        "planned": comparison.pairs,
         "pairs": compared,
         "curves": curves(folders, validated),
         "expectations": [_judged(expectation, comparison, found) for expectation in comparison.expectations],
@@ -153,7 +154,7 @@ def load(folder: str) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from error
     types = {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str, "seq_len": int}
-    types |= {"pairs": list, "curves": list, "seeds": list, "test": str}
+    types |= {"planned": list, "pairs": list, "curves": list, "seeds": list, "test": str}
     if wrong := unlike(found, types):
         raise RunError(f"{path} is not a comparison of lab: {wrong}")
     return dict(found)
@@ -171,12 +172,14 @@ def unmet(found: Mapping[str, Any]) -> list[str]:
 
 
 def interval(line: Mapping[str, Any], of: str = "mean") -> str:
-    """0.981 [0.95, 1.01]; the mean alone where there is no interval."""
+    """0.981 [0.95, 1.01], with two digits of its width; the mean alone where there is no interval."""
     if not line["n"]:
         return ""
     if line["low"] is None:
         return f"{line[of]:.3f} (n 1)"
-    return f"{line[of]:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+    width = line["high"] - line["low"]
+    digits = 3 if width <= 0 else min(9, max(3, 1 - math.floor(math.log10(width))))
+    return f"{line[of]:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]"
 
 
 def _of_runs(found: Mapping[str, Any]) -> Report:
@@ -231,7 +234,7 @@ def _of_pairs(found: Mapping[str, Any]) -> Report:
         row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
         rows.append(row | {"p by Holm": numbers["p_holm"], "effect": numbers["effect"], "in words": line["text"]})
     together = {(line["a"], line["b"]) for line in found["pairs"]}
-    apart = [f"{a} and {b}" for a, b in combinations(found["models"], 2) if (a, b) not in together]
+    apart = [f"{a} and {b}" for a, b in found["planned"] if (a, b) not in together]
     return Report(list(rows[0]), rows, [found["test"], *([f"no seed in common: {', '.join(apart)}"] if apart else [])])
 
 

@@ -49,8 +49,11 @@ def state_bytes(model: SequenceModel, length: int) -> int | None:
     if not model.causal or (model.max_len is not None and length > model.max_len):
         return None
     with _without_numbers(Counter()):
-        state = _run(model, length, ("state",)).state
-    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+        return bytes_of(_run(model, length, ("state",)).state)
+
+
+def bytes_of(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 def cost(model: SequenceModel, length: int) -> dict[str, Any]:

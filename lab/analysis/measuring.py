@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import statistics
 import time
 import traceback
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+TOO_LITTLE = 3  # the exit status of a child that asked for more memory than there is
 
 
 class Timing(NamedTuple):
@@ -51,9 +54,10 @@ def timing(seconds: Sequence[float]) -> Timing:
 
 
 def in_child(function: Callable[[], Any]) -> Any:
-    """What `function` returns in a forked process of its own, through JSON; None where the system ended that, for want of memory.
+    """What `function` returns in a forked process of its own, through JSON; None where that had too little memory: the system killed it, or
+    refused what it asked for.
 
-    RuntimeError where it raised something, whose traceback is on stderr."""
+    RuntimeError where it raised something else, whose traceback is on stderr, or crashed."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # the child starts no thread
@@ -62,16 +66,21 @@ def in_child(function: Callable[[], Any]) -> Any:
         try:
             os.write(writing, json.dumps(function()).encode())
             os._exit(0)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # on a CPU torch has no type of its own for it
+                os._exit(TOO_LITTLE)
             traceback.print_exc()
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         said = pipe.read()
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if ended > 0:
-        raise RuntimeError("what was measured in a process of its own failed there")
-    return None if ended else json.loads(said)
+    if ended in (TOO_LITTLE, -signal.SIGKILL):
+        return None
+    if ended:
+        crashed = f"crashed there ({signal.Signals(-ended).name})" if ended < 0 else "failed there"
+        raise RuntimeError(f"what was measured in a process of its own {crashed}")
+    return json.loads(said)
 
 
 def peak(prepare: Callable[[], Callable[[], object]]) -> float | None:

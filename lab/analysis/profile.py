@@ -21,11 +21,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from lab import memory as allocator
 from lab.analysis import measuring
 from lab.analysis.checkup import WithSource
+from lab.analysis.cost import bytes_of
 from lab.analysis.statistics import LEVEL
 from lab.analysis.subjects import Subject
 from lab.config import ConfigError
@@ -205,10 +205,6 @@ def _of_tokens(model: SequenceModel, length: int) -> SequenceModel:
 def state_at(model: SequenceModel, length: int) -> Any:
     with evaluating(model):
         return _of_tokens(model, length)(tokens(length), want=("state", "last")).state
-
-
-def bytes_of(state: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 def steps(model: SequenceModel, state: Any) -> Side:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from lab.cli import Parser, run, starting
 
-USAGE = "lab-compare FILE|experiment=NAME [models=A,B] [KEY=VALUE ...] [--check] [--format rich|markdown]   or   --show FOLDER"
+USAGE = (
+    "lab-compare FILE|experiment=NAME [models=A,B] [seeds=N] [pairs=A] [KEY=VALUE ...] [--check] [--format rich|markdown]"
+    "   or   lab-compare --show FOLDER [--format rich|markdown]"
+)
 EXAMPLES = """\
 examples:
   lab-compare experiment=copy_reverse_small models=lot,mamba seeds=8
                                                                   two models of configs/model on any experiment, with eight seeds
   lab-compare experiments/repro/induction_heads.yaml              what its file says; the same command again does what is left
   lab-compare experiment=repro/induction_heads                    the same by its name
+  lab-compare experiment=stdlib_mamba models=lot,mamba,transformer pairs=transformer seeds=8
+                                                                  each other one with the Transformer; without it, all with each other
   lab-compare FILE n_jobs=2 threads=1                             two runs at a time, each with one thread
   lab-compare FILE models=mamba,s4d seeds=1,2 trainer.max_steps=100
                                                                   some of its models, these seeds, another value for all of them
@@ -35,7 +41,7 @@ def _parser() -> Parser:
         prog="lab-compare", usage=USAGE, description="Compare models over seeds.", epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("words", nargs="*", metavar="FILE, KEY=VALUE", help="a comparison; n_jobs, threads, models, seeds; lab-train's")
+    parser.add_argument("words", nargs="*", metavar="FILE, KEY=VALUE", help="a comparison; lab-compare's words, and lab-train's")
     parser.add_argument("--show", metavar="FOLDER", help="print what a comparison has given, and run nothing")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every expectation holds")
     parser.add_argument("--format", choices=["rich", "markdown"], default="rich", help="of the tables; rich if nothing says otherwise")
@@ -59,8 +65,10 @@ def _main(arguments: argparse.Namespace) -> None:
             from lab.sweeps.comparison import compare, read
 
             comparison = read(arguments.words)
+        if comparison.too_few:
+            print(f"lab-compare: {comparison.too_few}", file=sys.stderr)
         found, folder, failed = compare(comparison)
-        end = f"written to {folder}/comparison.json; lab-compare --show {folder} shows it again"
+        end = f"written to {folder}: comparison.json, page.html; lab-compare --show {folder} shows the tables again"
     for report in tables(found):
         if arguments.format == "rich":
             show(report)

@@ -22,7 +22,7 @@ from lab.config.errors import ConfigError, nearest
 from lab.config.overrides import SHELL, Request, quote
 
 PRIMARY = "train"  # configs/train.yaml
-COMPARISON = ("models", "seeds", "expect")
+COMPARISON = ("models", "seeds", "pairs", "expect")
 """What an experiment that has `models` says to lab-compare alone; lab-train does not see it."""
 
 

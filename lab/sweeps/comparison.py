@@ -2,6 +2,7 @@
 
     models     name: [words of lab-train, ...]      or a list of names, each an option of the group `model`
     seeds      a list, or how many, from 1 on; on the command line as well
+    pairs      which two are compared: [[a, b], ...], or a name, with which each other one is; all, if it is left out
     expect     a list of expectations (lab/analysis/expectations.py)
 
 Any other experiment is one as soon as the command line names `models`. Everything else in the file is the experiment that all models have
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,21 @@ from omegaconf import OmegaConf
 from lab.analysis.comparison import FILE, document
 from lab.analysis.expectations import Expectation, parse
 from lab.analysis.metrics import score_names
+from lab.analysis.page.document import page
+from lab.analysis.statistics import fewest_seeds
 from lab.config import Composed, ConfigError, MistakeError, check, compose, files, overrides
 from lab.config.defaults import COMPARISON
 from lab.config.errors import hint
 from lab.config.layers import Layer, saying_where
 from lab.config.overrides import SHELL
 from lab.config.tree import Key, dotted, leaves
-from lab.files import atomic, write_json
+from lab.files import atomic, write_json, write_text
 from lab.sweeps.multirun import OF_A_RUN, Sweep
 from lab.tasks import Task
 from lab.training.experiment import Experiment, build_node
 
-OPTIONS = ("models", "seeds", "n_jobs", "threads")  # words of lab-compare itself
+OPTIONS = ("models", "seeds", "pairs", "n_jobs", "threads")  # words of lab-compare itself
+PAGE = "page.html"  # beside comparison.json
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,23 @@ class Comparison:
     shared: list[str]  # those of lab-train that all runs have
     models: dict[str, list[str]]
     seeds: list[int]
+    pairs: list[tuple[str, str]]  # of which it is asked whether they differ
     expectations: list[Expectation]
     lengths: list[int]  # of the inputs that lab-eval scores
     metrics: list[str]  # that its tables show
     seq_len: int
     n_jobs: int = 1
     threads: int | None = None
+
+    @property
+    def too_few(self) -> str | None:
+        """Why nothing that comes of it can be significant, known before anything has run."""
+        tests, n = len(self.pairs), len(self.seeds)
+        if not tests or n >= (needed := fewest_seeds(tests)):
+            return None
+        fewer = "; `pairs` asks about fewer" if fewest_seeds(1) < needed else ""
+        of = f"no difference of {tests} pairs" if tests > 1 else "no difference"
+        return f"with {n} seed{'s' * (n > 1)} {of} can be significant, it takes {needed}{fewer}"
 
 
 @dataclass
@@ -86,7 +102,8 @@ class Plan(Sweep):
         return written
 
     def draw(self, written: Mapping[str, Any]) -> None:
-        """curves.png and curves.svg; none where nothing is done."""
+        """page.html, and curves.png and curves.svg where something is done."""
+        write_text(self.path / PAGE, page([str(self.path)]))
         if not written["curves"]:
             return
         from lab.analysis.curves import plot_curves  # matplotlib takes a second
@@ -125,6 +142,7 @@ def read(words: Sequence[str]) -> Comparison:
     with saying_where([layer]):
         models, seeds = _models(tree) if "models" in tree else _named(own["models"]), _seeds(tree)
         expectations = parse(tree.get("expect", []), list(models))
+        in_file = _pairs(tree["pairs"], models) if "pairs" in tree else list(combinations(models, 2))
         chosen, seeds = _chosen(own, models), _typed_seeds(own["seeds"]) if "seeds" in own else seeds
         n_jobs, threads = _positive("n_jobs", own.get("n_jobs", "1")), _positive("threads", own["threads"]) if "threads" in own else None
         check(compose(shared, matching=False))  # a mistake in what all have in common is not one of a model
@@ -140,6 +158,7 @@ def read(words: Sequence[str]) -> Comparison:
         for name, task in tasks.items():
             if task.seq_len != first.seq_len:
                 raise MistakeError(("models", name), f"its task.seq_len is {task.seq_len}, and {first.seq_len} of {chosen[0]}")
+    pairs = _typed_pairs(own["pairs"], chosen) if "pairs" in own else [pair for pair in in_file if {*pair} <= {*chosen}]
     lengths = {task.seq_len * scale for task in tasks.values() for scale in (1, *task.eval_lengths)}
     metrics = list(dict.fromkeys(expectation.metric for expectation in expectations)) or [f"test/{[*first.metrics, 'ce_loss'][0]}"]
     return Comparison(
@@ -148,6 +167,7 @@ def read(words: Sequence[str]) -> Comparison:
         shared=shared,
         models={name: models[name] for name in chosen},
         seeds=seeds,
+        pairs=pairs,
         expectations=expectations,
         lengths=sorted(lengths),
         metrics=metrics,
@@ -199,7 +219,8 @@ def _check_words(shared: Sequence[str], own: Mapping[str, str], layer: Layer, na
         if re.fullmatch(r"\w+", key) and key not in known:
             raise ConfigError(f"{key} ({SHELL}): there is no such key{hint(key, known)}")
         if key == "model" and not value.startswith("{") and ("," in value or not named):
-            raise ConfigError(f"model ({SHELL}): one for all of them compares nothing; did you mean models={value}?")
+            instead = "leave it out" if "models" in own else f"did you mean models={value}?"
+            raise ConfigError(f"model ({SHELL}): one for all of them compares nothing; {instead}")
     if not named and "models" not in own:
         raise ConfigError(f"{layer.name}: it compares nothing, for it has no `models`; models=A,B on the command line names them")
 
@@ -246,6 +267,27 @@ def _seeds(tree: Mapping[str, Any]) -> list[int]:
     if isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds):
         return seeds
     raise MistakeError(("seeds",), f"expected a list of different seeds, or how many, got {seeds!r}")
+
+
+def _pairs(given: Any, models: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if isinstance(given, str):
+        given = [[name, given] for name in models if name != given] if given in models else [[given, given]]
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        raise MistakeError(("pairs",), f"expected a name of models, with which each other one is compared, or [[a, b], ...], got {given!r}")
+    for name in (name for pair in given for name in pair):
+        if name not in models:
+            raise MistakeError(("pairs",), f"there is no model {name} in models{hint(str(name), models, 'there are')}")
+    pairs = [(a, b) for a, b in given]
+    for a, b in pairs:
+        if a == b or sum({a, b} == {*pair} for pair in pairs) > 1:
+            raise MistakeError(("pairs",), f"{a} and {b} are one model" if a == b else f"{a} and {b} are compared twice")
+    return pairs
+
+
+def _typed_pairs(name: str, chosen: Sequence[str]) -> list[tuple[str, str]]:
+    if name not in chosen:
+        raise ConfigError(f"pairs ({SHELL}): expected one of the models, with which each other one is compared{hint(name, chosen)}")
+    return [(other, name) for other in chosen if other != name]
 
 
 def _chosen(own: Mapping[str, str], models: Mapping[str, Any]) -> list[str]:
