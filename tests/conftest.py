@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
 
 import pytest
 import torch
@@ -128,7 +127,7 @@ def command(tmp_path):
 def in_process(monkeypatch):
     """in_process("lab-train", *words) is `command` without the ten seconds that a process takes to import torch, in the current folder;
     the jobs of a sweep run the same way, one after the other. Printed lines go to capsys."""
-    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=_Job, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(pool, "warm", SimpleNamespace(start=_Job))
 
     def call(name: str, *words: str) -> int:
         main = importlib.import_module(f"lab.cli.{name.removeprefix('lab-')}").main
@@ -148,13 +147,10 @@ class _Job:
 
     call: Callable[..., int]
 
-    def __init__(self, words: list[str], stdout: IO[bytes], **settings: object) -> None:
+    def __init__(self, command: list[str], log: Path, environment: object) -> None:
         self.pid = os.getpid()
-        with open(stdout.name, "a") as log, redirect_stdout(log), redirect_stderr(log):
-            self.returncode = self.call(words[2].rpartition(".")[2], *words[3:])
-
-    def poll(self) -> int:
-        return self.returncode
+        with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            self.exitcode = self.call(command[0].rpartition(".")[2], *command[1:])
 
 
 def rows(run_path) -> list[dict]:

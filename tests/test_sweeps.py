@@ -24,7 +24,7 @@ from lab.training.run import job_path
 
 # Its word is plan.json: {seed: what to do}; each call is a line of calls.txt
 STAND_IN = """
-import json, os, pathlib, signal, sys, time
+import json, multiprocessing, os, pathlib, signal, sys, time
 from lab.config import compose
 from lab.files import write_json
 from lab.training.run import Busy, Run
@@ -75,7 +75,7 @@ match json.loads(pathlib.Path("plan.json").read_text()).get(str(seed), "done"):
             finish(run, composed, "interrupted", reason=f"stopped by {signal.Signals(number).name}")
             sys.exit(143)
         signal.signal(signal.SIGTERM, stop)
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(multiprocessing.parent_process().pid, signal.SIGINT)
         time.sleep(100)
 """
 
@@ -218,7 +218,7 @@ def test_an_error_of_the_sweep_itself_leaves_no_process_unwatched(plan):
     workers = pool.Pool(2, overview.Overview(2), record)
     with pytest.raises(OSError, match="no space left"):
         workers.run([plan_of_sweep.job([f"seed={seed}"]) for seed in (1, 2)])
-    assert [process.popen.returncode for process in workers.processes] == [-signal.SIGTERM]
+    assert [running.process.exitcode for running in workers.processes] == [-signal.SIGTERM]
 
 
 def test_an_evaluation_that_was_told_otherwise_does_not_count(plan):
@@ -268,7 +268,7 @@ def test_a_run_that_begins_anew_keeps_its_lock_and_its_log(tmp_path):
 # ----------------------------------------------------------------------- real sweeps
 
 ASSASSIN = """
-import os, pathlib
+import multiprocessing, os, pathlib
 import pytorch_lightning as pl
 
 class Assassin(pl.Callback):
@@ -278,7 +278,7 @@ class Assassin(pl.Callback):
         mark = pathlib.Path("killed_" + self.whom)
         if trainer.global_step == 8 and not mark.exists():
             mark.touch()
-            os.kill({"sweep": os.getppid(), "job": os.getpid()}[self.whom], 9)
+            os.kill({"sweep": multiprocessing.parent_process().pid, "job": os.getpid()}[self.whom], 9)
 """
 
 

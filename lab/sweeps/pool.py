@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
+from lab.sweeps import warm
 from lab.sweeps.job import Job
 from lab.sweeps.overview import Overview
 from lab.training.run import Busy, Interrupted, Run
@@ -25,14 +25,19 @@ POLL = 0.1  # seconds
 
 
 @dataclass
-class Process:
+class Running:
     """A command of a job that is running."""
 
     job: Job
     command: str
     slot: int  # which share of the machine it has
     log_start: int  # where in the job's log its own lines begin
-    popen: subprocess.Popen[bytes]
+    process: ForkServerProcess
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None  # it has been started
+        return self.process.pid
 
 
 class Pool:
@@ -41,7 +46,7 @@ class Pool:
 
     def __init__(self, n_jobs: int, overview: Overview, record: Callable[[Job, str | None], None], threads: int | None = None) -> None:
         self.n_jobs, self.overview, self.record, self.threads = n_jobs, overview, record, threads
-        self.processes: list[Process] = []
+        self.processes: list[Running] = []
         self.left: list[Job] = []  # because another process is at them
         self.met: set[Path] = set()  # the folders of all jobs that another process was at
         self.received: list[int] = []  # signals
@@ -56,10 +61,10 @@ class Pool:
                 for job in self.left:
                     self.overview.ended(job, "left alone: another process is at it")
         finally:  # there are some only after an error of our own: nobody would watch them
-            for process in self.processes:
-                process.popen.terminate()
-            for process in self.processes:
-                process.popen.wait()
+            for running in self.processes:
+                running.process.terminate()
+            for running in self.processes:
+                running.process.join()
         if self.received:
             number = self.received[0]
             raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command goes on", number)
@@ -70,11 +75,11 @@ class Pool:
             while waiting and len(self.processes) < self.n_jobs and not self.received:
                 self._begin(waiting.popleft())
             self._pass_signals_on()
-            self.overview.show([(process.job, process.command) for process in self.processes])
+            self.overview.show([(running.job, running.command) for running in self.processes])
             time.sleep(POLL if self.processes else 0)
-            for process in [process for process in self.processes if process.popen.poll() is not None]:
-                self.processes.remove(process)
-                self._ended(process, waiting)
+            for running in [running for running in self.processes if running.process.exitcode is not None]:
+                self.processes.remove(running)
+                self._ended(running, waiting)
 
     def _begin(self, job: Job) -> None:
         if Run(job.path).locked():
@@ -86,7 +91,7 @@ class Pool:
             self.record(job, None)
             self.overview.ended(job, "done before")
         else:
-            used = {process.slot for process in self.processes}
+            used = {running.slot for running in self.processes}
             self._start(job, command, next(slot for slot in range(self.n_jobs) if slot not in used))
 
     def _start(self, job: Job, command: list[str], slot: int) -> None:
@@ -95,30 +100,24 @@ class Pool:
             log.write(f"$ {shlex.join(['lab-' + command[0].rpartition('.')[2], *command[1:]])}\n".encode())
             log.flush()
             start = log.tell()
-            popen = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | environment(slot, self.n_jobs, self.threads),
-                start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we hand it on once
-            )
-        self.processes.append(Process(job, command[0], slot, start, popen))
+        process = warm.start(command, job.log, environment(slot, self.n_jobs, self.threads))
+        self.processes.append(Running(job, command[0], slot, start, process))
 
-    def _ended(self, process: Process, waiting: deque[Job]) -> None:
-        job, code = process.job, process.popen.returncode
+    def _ended(self, running: Running, waiting: deque[Job]) -> None:
+        job, code = running.job, running.process.exitcode
+        assert code is not None
         if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
             waiting.append(job)
             self.met.add(job.path)
             return
-        following = job.next_command(after=process.command) if code == 0 else None
+        following = job.next_command(after=running.command) if code == 0 else None
         if following and not self.received:
-            self._start(job, following, process.slot)
+            self._start(job, following, running.slot)
             return
         if self.received and (code or following):
             self.overview.ended(job, "stopped")
             return
-        reason = job.reason(process.command, process.popen.pid, code, process.log_start) if code else None
+        reason = job.reason(running.command, running.pid, code, running.log_start) if code else None
         self.record(job, reason)
         self.overview.ended(job, f"{job.status}: {reason}" if reason else "done")
 
@@ -145,22 +144,20 @@ class Pool:
         for count in range(self.passed_on + 1, len(self.received) + 1):
             if count == 1:
                 self.overview.say("stopping: the jobs finish their step and save; once more stops them at once")
-            for process in self.processes:
+            for running in self.processes:
                 with suppress(ProcessLookupError):  # it has just ended
                     if count < 3:
-                        process.popen.send_signal(signal.SIGTERM)
+                        running.process.terminate()
                     else:
-                        os.killpg(process.popen.pid, signal.SIGKILL)
+                        os.killpg(running.pid, signal.SIGKILL)
         self.passed_on = len(self.received)
 
 
 def environment(slot: int, n_jobs: int, threads: int | None = None) -> dict[str, str]:
     """The share of the machine that one of `n_jobs` processes gets: threads, as many as are told or fit, and GPUs where there are any."""
-    share = {"PYTHONUNBUFFERED": "1"}  # the last line of a log is the last that was printed
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // n_jobs))}
     if threads is not None:
         share["OMP_NUM_THREADS"] = str(threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, cores() // n_jobs))
     devices = gpus()
     if devices:
         each = max(1, len(devices) // n_jobs)
