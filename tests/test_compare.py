@@ -294,7 +294,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(player, capsys):
     assert run("tiny.yaml") == 1  # a failure stops nobody
     out, err = capsys.readouterr()
     assert player.calls == ["train mamba 1", "train transformer 2", "train mamba 2"]
-    few = "lab-compare: with 2 seeds no difference can be significant, it takes 6\n"
+    few = "lab-compare: tiny: with 2 seeds no difference can be significant, it takes 6\n"
     assert err == few + "lab-compare: 1 of 4 runs are not done; the same command goes on with them\n"
     assert "mamba: seed 1: failed: the loss is NaN" in out and "0.750 (n 1); 1 of 2 seeds" in out
     assert "without mamba: seed 1: failed: the loss is NaN" in out and "1 of 2" in out  # of the table of models
@@ -358,6 +358,19 @@ def test_the_pairs_and_the_curves(player, capsys):
     svg = (folder / "curves.svg").read_text()
     assert svg.count('id="axes_') == 6
     assert pair["text"] in (folder / "page.html").read_text()
+
+
+def test_several_files_are_as_many_comparisons(player, file, capsys):
+    file.with_name("other.yaml").write_text(FILE.replace("seeds: 2", "seeds: 1"))
+    player.plan = {("mamba", 2): "the loss is NaN"}
+    assert run("tiny.yaml", "other.yaml", "models=mamba", "--format", "markdown") == 1
+    out, err = capsys.readouterr()
+    assert player.calls == ["train mamba 1", "train mamba 2", "train mamba 1"]  # each file has runs of its own
+    assert sorted(path.name[:5] for path in Path("runs/comparisons").iterdir()) == ["other", "tiny_"] and out.count("written to") == 2
+    assert "1 of 3 runs are not done" in err
+    player.plan = {}
+    assert run("tiny.yaml", "other.yaml", "models=mamba", "--check") == 1
+    assert "expectations did not hold" in capsys.readouterr().err
 
 
 def test_a_run_that_a_callback_ended_is_done(player, capsys):

@@ -178,8 +178,9 @@ def interval(line: Mapping[str, Any], of: str = "mean") -> str:
     if line["low"] is None:
         return f"{line[of]:.3f} (n 1)"
     width = line["high"] - line["low"]
-    digits = 3 if width <= 0 else min(9, max(3, 1 - math.floor(math.log10(width))))
-    return f"{line[of]:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]"
+    digits = 3 if width <= 0 else max(3, 1 - math.floor(math.log10(width)))
+    form = f".{digits}f" if digits <= 6 else ".1e"
+    return f"{line[of]:{form}} [{line['low']:{form}}, {line['high']:{form}}]"
 
 
 def _of_runs(found: Mapping[str, Any]) -> Report:

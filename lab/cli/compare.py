@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from lab.cli import Parser, run, starting
 
 USAGE = (
-    "lab-compare FILE|experiment=NAME [models=A,B] [seeds=N] [pairs=A] [KEY=VALUE ...] [--check] [--format rich|markdown]"
+    "lab-compare FILE|experiment=NAME [FILE ...] [models=A,B] [seeds=N] [pairs=A] [KEY=VALUE ...] [--check] [--format rich|markdown]"
     "   or   lab-compare --show FOLDER [--format rich|markdown]"
 )
 EXAMPLES = """\
@@ -20,6 +21,7 @@ examples:
   lab-compare experiment=repro/induction_heads                    the same by its name
   lab-compare experiment=stdlib_mamba models=lot,mamba,transformer pairs=transformer seeds=8
                                                                   each other one with the Transformer; without it, all with each other
+  lab-compare experiments/all_models/*.yaml                       two comparisons, one after the other
   lab-compare FILE n_jobs=2 threads=1                             two runs at a time, each with one thread
   lab-compare FILE models=mamba,s4d seeds=1,2 trainer.max_steps=100
                                                                   some of its models, these seeds, another value for all of them
@@ -50,36 +52,55 @@ def _parser() -> Parser:
 
 def _main(arguments: argparse.Namespace) -> None:
     with starting("lab-compare"):
-        from lab.analysis.comparison import load, tables, unmet
-        from lab.analysis.render import render, show
+        from lab.analysis.comparison import load
         from lab.config import ConfigError
         from lab.training.run import RunError
 
-    failed, end = 0, ""
     if arguments.show is not None:
         if arguments.words:
             raise ConfigError(f"--show runs nothing: leave out {arguments.words[0]}")
         found = load(arguments.show)
-    else:
-        with starting("lab-compare"):
-            from lab.sweeps.comparison import compare, read
+        _print(found, arguments.format)
+        _check([found] if arguments.check else [])
+        return
+    with starting("lab-compare"):
+        from lab.sweeps.comparison import compare, read_all
 
-            comparison = read(arguments.words)
+        comparisons = read_all(arguments.words)
+    for comparison in comparisons:
         if comparison.too_few:
-            print(f"lab-compare: {comparison.too_few}", file=sys.stderr)
-        found, folder, failed = compare(comparison)
-        end = f"written to {folder}: comparison.json, page.html; lab-compare --show {folder} shows the tables again"
+            print(f"lab-compare: {comparison.name}: {comparison.too_few}", file=sys.stderr)
+    written: list[Mapping[str, Any]] = []
+    failed = runs = 0
+    for comparison in comparisons:
+        found, folder, not_done = compare(comparison)
+        _print(found, arguments.format)
+        print(f"written to {folder}: comparison.json, page.html; lab-compare --show {folder} shows the tables again")
+        written, failed, runs = [*written, found], failed + not_done, runs + len(found["runs"])
+    if failed:
+        raise RunError(f"{failed} of {runs} runs are not done; the same command goes on with them")
+    _check(written if arguments.check else [])
+
+
+def _print(found: Mapping[str, Any], form: Literal["rich", "markdown"]) -> None:
+    from lab.analysis.comparison import tables
+    from lab.analysis.render import render, show
+
     for report in tables(found):
-        if arguments.format == "rich":
+        if form == "rich":
             show(report)
         else:
-            print(render(report, "markdown"))
-    if end:
-        print(end)
-    if failed:
-        raise RunError(f"{failed} of {len(found['runs'])} runs are not done; the same command goes on with them")
-    if arguments.check and (missed := unmet(found)):
-        raise RunError(f"{len(missed)} of {len(found['expectations'])} expectations did not hold: {'; '.join(missed)}")
+            print(render(report, form))
+
+
+def _check(comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """RunError unless all that was expected holds."""
+    from lab.analysis.comparison import unmet
+    from lab.training.run import RunError
+
+    expected = sum(len(found["expectations"]) for found in comparisons)
+    if missed := [text for found in comparisons for text in unmet(found)]:
+        raise RunError(f"{len(missed)} of {expected} expectations did not hold: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":

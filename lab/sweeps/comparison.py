@@ -133,9 +133,22 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
 # ----------------------------------------------------------------------- reading
 
 
+def read_all(words: Sequence[str]) -> list[Comparison]:
+    """A comparison of each FILE (or experiment=NAME), in this order, with all KEY=VALUE ...; as `read` otherwise."""
+    files = [word for word in words if _names_a_file(word)]
+    if not files:
+        raise ConfigError("lab-compare takes a file, or experiment=NAME; got none")
+    others = [word for word in words if word not in files]
+    return [read([file, *others]) for file in dict.fromkeys(files)]
+
+
+def _names_a_file(word: str) -> bool:
+    return word.startswith("experiment=") or ("=" not in word and not word.startswith("~"))
+
+
 def read(words: Sequence[str]) -> Comparison:
-    """The comparison of FILE (or experiment=NAME) and KEY=VALUE ...; ConfigError, in one sentence, for any mistake in the words or the
-    file that can be known before a run begins."""
+    """The comparison of FILE (or experiment=NAME), the first of the words, and KEY=VALUE ...; ConfigError, in one sentence, for any mistake
+    in the words or the file that can be known before a run begins."""
     file, shared, own = _sort(words)
     tree, layer = _load(file)
     _check_words(shared, own, layer, named="models" in tree)
@@ -179,26 +192,21 @@ def read(words: Sequence[str]) -> Comparison:
 
 def _sort(words: Sequence[str]) -> tuple[Path, list[str], dict[str, str]]:
     """The file, the words of lab-train, and lab-compare's own."""
-    given: list[tuple[str, Path]] = []
+    first, *others = words
+    name = first.removeprefix("experiment=")
+    file = files.option_file(files.options(), "experiment", name, SHELL) if name != first else Path(first)
     shared: list[str] = []
     own: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals and not key.startswith("~"):
-            given.append((f"--config={word}", Path(word)))
-        elif key == "experiment":
-            given.append((word, files.option_file(files.options(), "experiment", value, SHELL)))
-        elif key in OPTIONS:
+    for word in others:
+        key, _, value = word.partition("=")
+        if key in OPTIONS:
             own[key] = value
         elif key in OF_A_RUN or key == "seed":
             reason = OF_A_RUN.get(key, "seeds=1,2,3 says which there are")
             raise ConfigError(f"{key} ({SHELL}): not of a comparison: {reason}")
         else:
             shared.append(word)
-    if len(given) != 1:
-        names = ", ".join(word.removeprefix("--config=") for word, _ in given)
-        raise ConfigError(f"lab-compare takes one file, or experiment=NAME; got {names or 'none'}")
-    return given[0][1], [given[0][0], *shared], own
+    return file, [first if name != first else f"--config={first}", *shared], own
 
 
 def _load(file: Path) -> tuple[dict[str, Any], Layer]:
