@@ -288,6 +288,9 @@ def test_ticks_are_round():
     assert steps(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert decades(0.001, 10) == [0.001, 0.01, 0.1, 1, 10] and len(decades(20, 90)) >= 3
     assert [short(n) for n in (0, 0.05, 1234, 65984, 1.5e6, 2e9)] == ["0", "0.05", "1,234", "66k", "1.5M", "2G"]
+    near = chart([Series("a", 0, [Point(n, 1, 1, 1) for n in (106_792, 106_840)])], Axis("x"), Axis(""), "two of a size", lines=False)
+    labels = [text.text for text in near.iter("text") if text.get("class") == "tick x"]
+    assert len(labels) == len({*labels}) >= 2 and all(label.startswith("106.8") for label in labels)
     assert thinned(list(range(100)), 5) == [0, 25, 50, 74, 99] and thinned([1, 2], 5) == [1, 2]
 
 

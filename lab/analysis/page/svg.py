@@ -119,7 +119,11 @@ def _axis(
     if axis.ticks is not None:
         return axis.ticks, place
     ticks = decades(10**low, 10**high) if axis.scale == "log" else steps(low, high, 5 if axis.label else 6)
-    return {tick: short(tick) for tick in ticks}, place
+    for digits in (3, 4, 5, 6):  # models of one size differ in the last of them
+        labels = {tick: short(tick, digits) for tick in ticks}
+        if len({*labels.values()}) == len(ticks):
+            break
+    return labels, place
 
 
 def steps(low: float, high: float, about: int) -> list[float]:
@@ -141,12 +145,12 @@ def decades(low: float, high: float) -> list[float]:
     return steps(low, high, 4)
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """20k, 1.5M, 0.05"""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.99995 and (size > 1e3 or abs(value) >= 9999.5):
-            return f"{value / size:.3g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits + 1}g}"
 
 
 def _frame(
