@@ -345,7 +345,7 @@ DATA = "{_target_: builtins.list}"  # a data set that has nothing to check
 def real_words() -> list[list[str]]:
     """A command line for each option of each group, and for each experiment."""
     keys, inside = {"mixer": "mixer@model.mixer"}, {"ssm_layer": ["model=h3"]}
-    small = ["trainer.max_steps=1", "task.vocab_size=8", "task.seq_len=8"]
+    small = ["trainer.max_steps=1", "task.vocab_size=8", "task.seq_len=8", "match=null"]
     words = [[f"{keys.get(group, group)}={option}", *inside.get(group, ()), *small] for group, found in REAL.items() for option in found]
     words = [[word for word in line if "enwik8" not in line[0] or "vocab_size" not in word] for line in words]  # its tokens are given
     return [[*line, f"task.train={DATA}", f"task.val={DATA}"] if line[0] == "task=dataset" else line for line in words]

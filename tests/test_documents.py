@@ -8,6 +8,7 @@ take seconds to import torch, and other tests train what they name. So are all c
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
 import sys
@@ -110,7 +111,8 @@ def run(block: Block, folder: Path, in_process, capsys, document: Path) -> None:
             if words and words[0] == "lab-train" and (document.parent.name == "models" or is_variant(words, document)):
                 check(compose(words[1:]))
             elif words and words[0] == "lab-compare":
-                comparison.read([word for word in words[1:] if not word.startswith("--")])
+                expanded = [name for word in words[1:] for name in sorted(glob.glob(word)) or [word]]
+                assert comparison.read_all([word for word in expanded if not word.startswith("--")])
             elif words:
                 code = in_process(*short(words))
                 said = capsys.readouterr()
