@@ -20,7 +20,6 @@ from lab.sweeps.job import Job
 from lab.sweeps.overview import Overview
 from lab.training.run import Busy, Interrupted, Run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL = 0.1  # seconds
 
 
@@ -128,7 +127,7 @@ class Pool:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        heeded = [number for number in warm.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
         before = {number: signal.signal(number, self._receive) for number in heeded}
         try:
             yield

@@ -8,13 +8,17 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 IMPORTED = ["lab.training.start", "lab.training.evaluate", "lab.training.loggers", "lab.models", "lab.mixers", "lab.tasks"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The server does not see them: a terminal or a cluster sends them to all processes, and without it nobody would know how jobs end."""
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> ForkServerProcess:
@@ -24,9 +28,12 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     context.set_forkserver_preload(IMPORTED)
     before = dict(os.environ)
     os.environ.update(environment)  # OMP_NUM_THREADS is read when torch is imported
+    resource_tracker.ensure_running()  # unblocks signals, so it comes first
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         os.environ.clear()
         os.environ.update(before)
     process = context.Process(target=_run, args=(list(command), log, before | dict(environment)))
@@ -38,6 +45,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> None:
     import torch
 
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with log.open("ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
