@@ -62,7 +62,7 @@ def found(n: int, models: int = 2, effect: float = 0.0, sims: int = 1000, seed: 
     """In how many of `sims` comparisons at least one pair is told apart, after Holm's correction."""
     scores = comparisons(n, models, effect, sims, seed)
     p = np.stack([paired_p(scores[:, a] - scores[:, b]) for a, b in combinations(range(models), 2)], axis=-1)
-    return sum(min(holm(list(row))) <= ALPHA for row in p)
+    return sum(min(holm(row.tolist())) <= ALPHA for row in p)
 
 
 def power(effect: float, tests: int, n: int, sims: int = 1000, seed: int = 0) -> float:
