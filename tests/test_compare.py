@@ -154,6 +154,7 @@ def test_which_pairs_are_compared(file, capsys):
         ("d", "there is no model d in models; there are: a, b, c"),
         ("[[a, d]]", "there is no model d in models; there are: a, b, c"),
         ("[[a, a]]", "a and a are one model"),
+        ("[[[a], b]]", "expected a name of models, with which each other one is compared, or [[a, b], ...], got [[['a'], 'b']]"),
         ("[[a, b], [b, a]]", "a and b are compared twice"),
         ("[a, b]", "expected a name of models, with which each other one is compared, or [[a, b], ...], got ['a', 'b']"),
     ],

@@ -84,7 +84,7 @@ def test_sums_that_are_equal_but_for_rounding_are_equal(rows):
     assert p_of((0.0, 0.0, 0.0)) == 1
 
 
-@pytest.mark.parametrize("n", [6, 8, 13, 15])
+@pytest.mark.parametrize("n", [6, 8, 13, 15, 17, 19])
 def test_the_interval_of_a_difference_is_what_the_test_does_not_reject(n):
     """At its ends p crosses ALPHA, so that an interval without zero and a significant p are one and the same."""
     for values in np.random.default_rng(n).exponential(size=(3, n)) - 0.3:

@@ -133,8 +133,9 @@ def _flipped(n: int) -> np.ndarray:
 
     if 2**n <= FLIPS:
         return np.asarray((np.arange(2**n)[:, None] >> np.arange(n)) & 1, dtype=np.float64)
-    half = np.random.default_rng(0).integers(0, 2, (FLIPS // 2, n)).astype(np.float64)
-    half[0] = 0
+    drawn = np.random.default_rng(0).integers(0, 2, (FLIPS, n)).astype(np.float64)
+    drawn = drawn[(drawn.sum(-1) > 0) & (drawn.sum(-1) < n)]  # those that flip nothing, or all, are there once
+    half = np.concatenate([np.zeros((1, n)), drawn[: FLIPS // 2 - 1]])
     return np.concatenate([half, 1 - half])
 
 

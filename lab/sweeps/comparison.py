@@ -255,6 +255,8 @@ def _listed(text: str) -> list[str]:
 def _models(tree: Mapping[str, Any]) -> dict[str, list[str]]:
     given = tree["models"]
     if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise MistakeError(("models",), f"{twice[0]} is named {given.count(twice[0])} times")
         given = dict.fromkeys(given)
     if not isinstance(given, dict) or not given:
         raise MistakeError(("models",), "expected names, each with its words of lab-train, as `mamba: [model=mamba, model.d_model=64]`")
@@ -280,7 +282,8 @@ def _seeds(tree: Mapping[str, Any]) -> list[int]:
 def _pairs(given: Any, models: Mapping[str, Any]) -> list[tuple[str, str]]:
     if isinstance(given, str):
         given = [[name, given] for name in models if name != given] if given in models else [[given, given]]
-    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+    texts = isinstance(given, list) and all(isinstance(pair, list) and all(isinstance(name, str) for name in pair) for pair in given)
+    if not texts or not all(len(pair) == 2 for pair in given):
         raise MistakeError(("pairs",), f"expected a name of models, with which each other one is compared, or [[a, b], ...], got {given!r}")
     for name in (name for pair in given for name in pair):
         if name not in models:

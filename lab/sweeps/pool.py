@@ -140,7 +140,8 @@ class Pool:
 
     def _pass_signals_on(self) -> None:
         """The first signal lets each process finish its step and save; the second stops it at once; the third kills it."""
-        for count in range(self.passed_on + 1, len(self.received) + 1):
+        until = len(self.received)  # one may come meanwhile
+        for count in range(self.passed_on + 1, until + 1):
             if count == 1:
                 self.overview.say("stopping: the jobs finish their step and save; once more stops them at once")
             for running in self.processes:
@@ -149,7 +150,7 @@ class Pool:
                         running.process.terminate()
                     else:
                         os.killpg(running.pid, signal.SIGKILL)
-        self.passed_on = len(self.received)
+        self.passed_on = until
 
 
 def environment(slot: int, n_jobs: int, threads: int | None = None) -> dict[str, str]:
