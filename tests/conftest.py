@@ -12,12 +12,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lab.sweeps import pool
+from lab.sweeps import warm
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before they are imported: no test asks the Hub
 
@@ -127,7 +126,7 @@ def command(tmp_path):
 def in_process(monkeypatch):
     """in_process("lab-train", *words) is `command` without the ten seconds that a process takes to import torch, in the current folder;
     the jobs of a sweep run the same way, one after the other. Printed lines go to capsys."""
-    monkeypatch.setattr(pool, "warm", SimpleNamespace(start=_Job))
+    monkeypatch.setattr(warm, "start", _Job)
 
     def call(name: str, *words: str) -> int:
         main = importlib.import_module(f"lab.cli.{name.removeprefix('lab-')}").main
