@@ -172,14 +172,15 @@ def unmet(found: Mapping[str, Any]) -> list[str]:
 
 
 def interval(line: Mapping[str, Any], of: str = "mean") -> str:
-    """0.981 [0.95, 1.01], with two digits of its width; the mean alone where there is no interval."""
+    """0.981 [0.950, 1.010], with two digits of its width; the mean alone where there is no interval."""
     if not line["n"]:
         return ""
     if line["low"] is None:
         return f"{line[of]:.3f} (n 1)"
     width = line["high"] - line["low"]
     digits = 3 if width <= 0 else max(3, 1 - math.floor(math.log10(width)))
-    form = f".{digits}f" if digits <= 6 else ".1e"
+    tiny = 0 < max(abs(line[of]), abs(line["low"]), abs(line["high"])) < 1e-5
+    form = ".1e" if tiny else f".{min(digits, 6)}f"
     return f"{line[of]:{form}} [{line['low']:{form}}, {line['high']:{form}}]"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from lab.analysis.report import number
-from lab.analysis.statistics import Estimate, estimate
+from lab.analysis.statistics import Estimate, estimate, paired_interval
 from lab.config.errors import MistakeError, hint, nearest
 from lab.config.tree import Key
 
@@ -116,9 +116,9 @@ def judge(expectation: Expectation, scores: Mapping[str, Mapping[int, float]], m
     if expectation.over is not None:
         theirs = scores.get(expectation.over, {})
         values = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        found = paired_interval(values) if values else None
     else:
-        values = list(mine.values())
-    found = estimate(values) if values else None
+        found = estimate(list(mine.values())) if mine else None
     names = [name for name in (expectation.model, expectation.over) if name and missing.get(name)]
     if names:
         return Verdict("cannot tell", found, "; ".join(lacking(name, missing[name], bool(scores.get(name))) for name in names))

@@ -18,8 +18,9 @@ def pairs(
     """Those of the planned pairs that have a seed in common. scores: {model: {seed: score}} of those that are there. seeds: how many there
     should be.
 
-    {a, b, metric, length, n, difference (a - b), low, high, p, p_holm, effect, text}; p and p_holm are None of one seed, effect of
-    fewer than three and where all differences are equal. Holm's correction is over all that are planned, whatever became of them.
+    {a, b, metric, length, n, difference (a - b), low, high, p, p_holm, effect, text}; p is None of one seed, p_holm also where a seed is
+    missing, effect of fewer than three and where all differences are equal. Holm's correction is over all that are planned, of which those
+    that lack a seed count as p = 1.
     """
     found: list[dict[str, Any]] = []
     for a, b in planned:
@@ -31,7 +32,7 @@ def pairs(
             line |= {"difference": mean, "low": low, "high": high}
             line |= {"p": p_of(differences) if n > 1 else None, "p_holm": None, "effect": effect_size(differences)}
             found.append(line)
-    tested = [line for line in found if line["n"] > 1]
+    tested = [line for line in found if line["n"] == seeds > 1]  # what a pair lacks may be those that do badly, and must help no other
     absent = [1.0] * (len(planned) - len(tested))
     corrected = holm([line["p"] for line in tested] + absent)
     for line, p_holm in zip(tested, corrected, strict=False):
@@ -57,13 +58,14 @@ def _sentence(line: Mapping[str, Any], tests: int, seeds: int) -> str:
     if tests * smallest_p(n) > ALPHA:
         corrected = f", {min(1.0, tests * smallest_p(n)):.3g} for one of {tests} pairs" if tests > 1 else ""
         smallest = f"the smallest two-sided p is {smallest_p(n):.3g}{corrected}"
-        return f"{a} and {b}: cannot be significant with {n} seeds ({smallest}); it takes {fewest_seeds(tests)}"
+        fewest = fewest_seeds(tests)
+        return f"{a} and {b}: cannot be significant with {n} seeds ({smallest}); it takes {fewest or 'fewer pairs'}"
     return f"{a} and {b}: not distinguishable with {n} seeds; {_needed(line, tests)}"
 
 
 def _needed(line: Mapping[str, Any], tests: int) -> str:
-    if line["effect"] is None:
-        return "they differ in none" if not line["difference"] else f"about {max(fewest_seeds(tests), line['n'] + 1)} would be needed"
+    if line["effect"] is None:  # equal differences that are not 0 have the smallest p
+        return "they differ in none"
     needed = seeds_needed(line["effect"], tests)
     if needed is None:
         return f"more than {MOST_SEEDS:,} would be needed"

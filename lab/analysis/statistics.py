@@ -121,7 +121,9 @@ def paired_interval(differences: Sequence[float]) -> Estimate:
     if smallest_p(n) > ALPHA or min(differences) == max(differences):
         return estimate(differences)
     flipped = _flipped(n)[1:]  # without the one that flips nothing
-    means = np.sort(flipped @ np.asarray(differences, dtype=np.float64) / flipped.sum(-1))
+    sums = flipped @ np.asarray(differences, dtype=np.float64)
+    sums[np.abs(sums) < 1e-10 * max(map(abs, differences))] = 0.0  # as in paired_p: it is rounding alone
+    means = np.sort(sums / flipped.sum(-1))
     outside = math.floor(ALPHA / 2 * (len(flipped) + 1))
     return Estimate(n, statistics.fmean(differences), float(means[outside - 1]), float(means[-outside]))
 
@@ -178,7 +180,9 @@ def seeds_needed(effect: float, tests: int = 1) -> int | None:
     import numpy as np
     from scipy import stats
 
-    n = np.arange(fewest_seeds(tests), MOST_SEEDS + 1)
+    if (fewest := fewest_seeds(tests)) is None:
+        return None
+    n = np.arange(fewest, MOST_SEEDS + 1)
     steps = 2.0 ** (np.minimum(n, 60) - 1)
     level = np.where(2.0 ** np.minimum(n, 60) <= FLIPS, np.floor(ALPHA / tests * steps) / steps, ALPHA / tests)
     critical = stats.t.ppf(1 - level / 2, n - 1)
@@ -187,6 +191,6 @@ def seeds_needed(effect: float, tests: int = 1) -> int | None:
     return int(n[enough[0]]) if len(enough) else None
 
 
-def fewest_seeds(tests: int = 1) -> int:
-    """With fewer, none of so many pairs can be significant, however large the difference is."""
-    return next((n for n in range(2, MOST_SEEDS) if tests * smallest_p(n) <= ALPHA), MOST_SEEDS)
+def fewest_seeds(tests: int = 1) -> int | None:
+    """With fewer, none of so many pairs can be significant, however large the difference is; None: with any number, of so many pairs."""
+    return next((n for n in range(2, MOST_SEEDS) if tests * smallest_p(n) <= ALPHA), None)

@@ -65,13 +65,17 @@ class Comparison:
 
     @property
     def too_few(self) -> str | None:
-        """Why nothing that comes of it can be significant, known before anything has run."""
+        """Why no difference can be significant, whatever comes of the runs."""
         tests, n = len(self.pairs), len(self.seeds)
-        if not tests or n >= (needed := fewest_seeds(tests)):
+        if not tests:
+            return None if len(self.models) == 1 else "no two of these models are asked about; pairs=NAME compares the others with it"
+        needed = fewest_seeds(tests)
+        if needed is not None and n >= needed:
             return None
-        fewer = "; `pairs` asks about fewer" if fewest_seeds(1) < needed else ""
         of = f"no difference of {tests} pairs" if tests > 1 else "no difference"
-        return f"with {n} seed{'s' * (n > 1)} {of} can be significant, it takes {needed}{fewer}"
+        takes = f"it takes {needed}" if needed else "nor with more"
+        fewer = "; with fewer pairs, as of pairs=NAME, fewer will do" if tests > 1 else ""
+        return f"with {n} seed{'s' * (n > 1)} {of} can be significant, {takes}{fewer}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +31,7 @@ class Running:
     command: str
     slot: int  # which share of the machine it has
     log_start: int  # where in the job's log its own lines begin
-    process: ForkServerProcess
+    process: BaseProcess
 
     @property
     def pid(self) -> int:
@@ -105,6 +105,9 @@ class Pool:
     def _ended(self, running: Running, waiting: deque[Job]) -> None:
         job, code = running.job, running.process.exitcode
         assert code is not None
+        if code == warm.LOST:
+            with suppress(ProcessLookupError):  # it has ended with that code itself
+                os.killpg(running.pid, signal.SIGTERM)  # it saves and stops, for nobody watches it
         if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
             waiting.append(job)
             self.met.add(job.path)
