@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import TINY, rows
+from export_checks import OF_SOURCE, at_once  # noqa: F401 (a fixture)
 
 import lab
 from lab.analysis import plot_attention
 from lab.analysis.metrics import run as run_model
 from lab.analysis.snapshots import read_snapshot
 from lab.cli.eval import main as lab_eval
+from lab.cli.export import main as lab_export
 from lab.cli.generate import main as lab_generate
 from lab.config import ConfigError, compose
 from lab.tasks import CopyReverse
@@ -70,6 +73,14 @@ def test_generate_takes_the_prompt_as_the_source(trained, capsys):
     for words, sentence in wrong.items():
         assert lab_generate([str(trained), "--prompt", "5 2", *words.split()]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_export_writes_and_names_all_four_graphs(trained, at_once, capsys):
+    assert lab_export([str(trained), "--format", "torchscript"]) == 0
+    said = capsys.readouterr().out
+    for graph in OF_SOURCE:
+        assert re.search(rf"the {graph} graph, (largest difference \d|compared by what)", said), said
+    assert len(list((trained / "exports").glob("best.*ts.pt"))) == 4
 
 
 def test_the_maps_of_all_three_attentions(trained):

@@ -67,8 +67,9 @@ def _main(arguments: argparse.Namespace) -> None:
 def _print_table(manifest: dict[str, Any], file: Path) -> None:
     cases = manifest["verification"]["cases"]
     for graph in manifest["graphs"]:
-        largest = max(case["largest_difference"] for case in cases if case["graph"] == graph["name"])
-        print(f"{file.with_name(graph['file'])}: the {graph['name']} graph, largest difference {largest:.2g}")
+        found = [case["largest_difference"] for case in cases if case["graph"] == graph["name"]]
+        said = f"largest difference {max(found):.2g}" if found else "compared by what the decoder and the step make of its state"
+        print(f"{file.with_name(graph['file'])}: the {graph['name']} graph, {said}")
     print(f"{file}: the manifest")
 
 

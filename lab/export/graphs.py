@@ -184,11 +184,12 @@ def source_graphs(model: SequenceModel, B: int, L: int) -> Exported:
         return tuple(Spec(f"next.{spec.name}", renamed(spec.shape, f"{CACHE} + {by}"), spec.dtype) for spec in after)
 
     state = flatten(states[2])
+    on = tokens[0] if model.max_len is None else tokens[0][:, : model.max_len - (L - 2)]  # as many as there is room for behind the state
     one = Spec("logits", logits[0].shape[:1] + logits[0].shape[2:], logits[0].dtype)
     made = (
         Graph("sequence", SourceSequenceGraph(model), (source[0], tokens[0]), (of_source, of_tokens), logits),
         Graph("encoder", EncoderGraph(model), (source[0],), (of_source,), before),
-        Graph("decoder", DecoderGraph(model, states[2]), (tokens[0], *state), (of_tokens, *layout), logits + longer(LENGTH)),
+        Graph("decoder", DecoderGraph(model, states[2]), (on, *state), (of_tokens, *layout), logits + longer(LENGTH)),
         Graph(
             "step", StepGraph(model, states[2]), (tokens[0][:, 0], *state), (Spec("token", (BATCH,), "int64"), *layout), (one, *longer("1"))
         ),
