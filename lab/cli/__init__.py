@@ -78,9 +78,9 @@ def _run(command: str, body: Callable[[], None]) -> int:
         return _say(command, error, USAGE)
     except RunError as error:
         return _say(command, error, error.exit_code)
-    except BrokenPipeError:  # `lab-train --cfg job | head`: nobody reads on, and that is no mistake
+    except BrokenPipeError:  # `lab-compare FILE | head`: nobody reads on; whether all would have gone well is not known
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise

@@ -153,7 +153,7 @@ class Text(Corpus):
                 empty += 1
                 continue
             spool.add(document)
-            progress.say(f"{len(spool.lengths):,} documents, {spool.bytes:,} bytes")
+            progress.say(f"{spool.bytes:,} bytes, documents: {len(spool.lengths):,}")
             if self.limit is not None and spool.bytes >= self.limit:
                 break
         return spool, empty
