@@ -3,7 +3,8 @@
 A block ```bash holds commands, one to a line; ```python, ```yaml or ```cpp a file, if its first line is a comment with a name, else a
 program. A block without a language is shown and not run. `<!-- before: COMMAND -->` runs a command first that the reader has run
 elsewhere. The trainings of the pages in docs/models/ are composed and checked only, and so are the README's variants of one: each would
-take seconds to import torch, and other tests train what they name. So are all comparisons, which are several trainings each.
+take seconds to import torch, and other tests train what they name. So are all comparisons, which are several trainings each; those that
+are files of experiments/ are read by tests/test_comparison_files.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from test_comparison_files import COMPARISONS
 
 from lab.config import check, compose
 from lab.sweeps import comparison
@@ -33,6 +35,7 @@ SLOW = (
     "monitoring.md",
     "sweeps.md",
 )
+READ_ELSEWHERE = {path.relative_to(ROOT).as_posix() for path in COMPARISONS}
 SHORT = (
     "trainer.max_steps=2", "trainer.val_every=2", "task.n_val=8", "task.n_test=8", "task.n_train=128", "trainer.batch_size=8",
     "model.d_model=16", "task.seq_len=8",
@@ -112,7 +115,8 @@ def run(block: Block, folder: Path, in_process, capsys, document: Path) -> None:
                 check(compose(words[1:]))
             elif words and words[0] == "lab-compare":
                 expanded = [name for word in words[1:] for name in sorted(glob.glob(word)) or [word]]
-                assert comparison.read_all([word for word in expanded if not word.startswith("--")])
+                given = [word for word in expanded if word not in READ_ELSEWHERE and not word.startswith("--")]
+                assert given in ([], ["threads=1"]) or comparison.read_all(given), line
             elif words:
                 code = in_process(*short(words))
                 said = capsys.readouterr()
