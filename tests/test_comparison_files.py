@@ -9,7 +9,7 @@ import pytest
 from comparison_file import FILE, run
 
 from lab.config import compose
-from lab.sweeps import comparison
+from lab.sweeps import comparison_words
 
 file = comparison_file.file  # fixture
 ROOT = Path(__file__).parents[1]
@@ -103,13 +103,13 @@ THREE = FILE.partition("models:")[0] + "models: {a: [model=lot], b: [model=mamba
 
 def test_which_pairs_are_compared(file, capsys):
     file.write_text(THREE)
-    assert comparison.read(["tiny.yaml"]).pairs == [("a", "c"), ("c", "b")]
-    assert comparison.read(["tiny.yaml", "models=a,c"]).pairs == [("a", "c")]  # of those that are left
-    assert comparison.read(["tiny.yaml", "pairs=b"]).pairs == [("a", "b"), ("c", "b")]
+    assert comparison_words.read(["tiny.yaml"]).pairs == [("a", "c"), ("c", "b")]
+    assert comparison_words.read(["tiny.yaml", "models=a,c"]).pairs == [("a", "c")]  # of those that are left
+    assert comparison_words.read(["tiny.yaml", "pairs=b"]).pairs == [("a", "b"), ("c", "b")]
     file.write_text(THREE.replace(PAIRS, "pairs: c"))
-    assert comparison.read(["tiny.yaml"]).pairs == [("a", "c"), ("b", "c")]
+    assert comparison_words.read(["tiny.yaml"]).pairs == [("a", "c"), ("b", "c")]
     file.write_text(THREE.replace(PAIRS, ""))
-    assert comparison.read(["tiny.yaml"]).pairs == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert comparison_words.read(["tiny.yaml"]).pairs == [("a", "b"), ("a", "c"), ("b", "c")]
     assert "pairs" not in compose(["--config=tiny.yaml"]).config
     assert mistake(["tiny.yaml", "pairs=d"], capsys).startswith("pairs (command line): expected one of the models, with which each other")
 
@@ -132,16 +132,20 @@ def test_a_mistake_in_the_pairs_is_one_sentence(pairs, sentence, file, capsys):
 
 def test_too_few_seeds_are_told_before_anything_runs(file):
     file.write_text(THREE)
-    assert comparison.read(["tiny.yaml"]).too_few == (
+    assert comparison_words.read(["tiny.yaml"]).too_few == (
         "with 2 seeds no difference of 2 pairs can be significant, it takes 7; with fewer pairs, as of pairs=NAME, fewer will do"
     )
-    assert comparison.read(["tiny.yaml", "seeds=7"]).too_few is None and comparison.read(["tiny.yaml", "models=a"]).too_few is None
-    assert "no two of these models are asked about; pairs=NAME" in comparison.read(["tiny.yaml", "models=a,b", "seeds=9"]).too_few
-    assert comparison.read(["tiny.yaml", "models=a,c", "seeds=1"]).too_few == "with 1 seed no difference can be significant, it takes 6"
+    assert (
+        comparison_words.read(["tiny.yaml", "seeds=7"]).too_few is None and comparison_words.read(["tiny.yaml", "models=a"]).too_few is None
+    )
+    assert "no two of these models are asked about; pairs=NAME" in comparison_words.read(["tiny.yaml", "models=a,b", "seeds=9"]).too_few
+    assert (
+        comparison_words.read(["tiny.yaml", "models=a,c", "seeds=1"]).too_few == "with 1 seed no difference can be significant, it takes 6"
+    )
 
 
 def test_any_experiment_is_compared():
-    read = comparison.read(["experiment=copy_reverse_small", "models=lot,transformer,mamba", "seeds=8", "trainer.max_steps=3"])
+    read = comparison_words.read(["experiment=copy_reverse_small", "models=lot,transformer,mamba", "seeds=8", "trainer.max_steps=3"])
     assert read.models == {name: [f"model={name}"] for name in ("lot", "transformer", "mamba")} and read.seeds == [*range(1, 9)]
     assert read.shared == ["experiment=copy_reverse_small", "trainer.max_steps=3"] and read.name == "copy_reverse_small"
     assert read.metrics == ["test/token_accuracy"] and read.expectations == []
@@ -164,16 +168,16 @@ def test_a_word_that_a_model_would_not_hear_is_refused(word, key, file, capsys):
 
 def test_a_word_that_all_models_hear_is_not_refused():
     words = ["tiny.yaml", "model.d_model=16", "model={dropout: 0.1}"]
-    assert comparison.read(words).shared == ["--config=tiny.yaml", *words[1:]]
-    assert comparison.read(["tiny.yaml", "models=mamba", "model.max_len=32"]).models == {"mamba": ["model=mamba"]}
+    assert comparison_words.read(words).shared == ["--config=tiny.yaml", *words[1:]]
+    assert comparison_words.read(["tiny.yaml", "models=mamba", "model.max_len=32"]).models == {"mamba": ["model=mamba"]}
 
 
 def test_seeds_read_the_same_in_the_file_and_on_the_command_line(file):
     for typed, seeds in (("3", [1, 2, 3]), ("[3]", [3]), ("[3, 1]", [3, 1])):
-        assert comparison.read(["tiny.yaml", f"seeds={typed}"]).seeds == seeds
+        assert comparison_words.read(["tiny.yaml", f"seeds={typed}"]).seeds == seeds
         file.write_text(FILE.replace("seeds: 2", f"seeds: {typed}"))
-        assert comparison.read(["tiny.yaml"]).seeds == seeds
-    assert comparison.read(["tiny.yaml", "seeds=3,1"]).seeds == [3, 1]
+        assert comparison_words.read(["tiny.yaml"]).seeds == seeds
+    assert comparison_words.read(["tiny.yaml", "seeds=3,1"]).seeds == [3, 1]
 
 
 def test_lab_train_sees_the_experiment_alone(file):
@@ -186,6 +190,6 @@ def test_lab_train_sees_the_experiment_alone(file):
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_the_comparisons_of_the_repository(path):
     """All models compose, and each expectation is of something that is scored."""
-    read = comparison.read([f"experiment={path.parent.name}/{path.stem}"])
+    read = comparison_words.read([f"experiment={path.parent.name}/{path.stem}"])
     assert len(read.models) >= 2 and len(read.seeds) >= (3 if path.parent.name == "repro" else 8)
     assert read.expectations if path.parent.name == "repro" else read.too_few is None

@@ -20,7 +20,7 @@ import pytest
 from test_comparison_files import COMPARISONS
 
 from lab.config import check, compose
-from lab.sweeps import comparison
+from lab.sweeps import comparison_words
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -116,7 +116,7 @@ def run(block: Block, folder: Path, in_process, capsys, document: Path) -> None:
             elif words and words[0] == "lab-compare":
                 expanded = [name for word in words[1:] for name in sorted(glob.glob(word)) or [word]]
                 given = [word for word in expanded if word not in READ_ELSEWHERE and not word.startswith("--")]
-                assert given in ([], ["threads=1"]) or comparison.read_all(given), line
+                assert given in ([], ["threads=1"]) or comparison_words.read_all(given), line
             elif words:
                 code = in_process(*short(words))
                 said = capsys.readouterr()

@@ -12,7 +12,8 @@ from lab.analysis.cost import flops_per_token, params, state_bytes
 from lab.cli.train import main
 from lab.config import ConfigError, check, compose, config_hash
 from lab.config.files import options
-from lab.sweeps import comparison
+from lab.sweeps import comparison_words
+from lab.sweeps.comparison import Plan
 from lab.training.experiment import build_node
 
 SMALL = "experiment=copy_reverse_small"
@@ -169,9 +170,9 @@ def test_the_jobs_of_a_comparison_are_matched_each(tmp_path, monkeypatch):
         "# @package _global_\ndefaults: [override /task: copy_reverse]\nmodels: [mamba, s4d, transformer]\n"
         "model: {n_layers: 2}\nmatch: {by: params, target: 200k, tol: 5%}\n"
     )
-    plan = comparison.read(["sizes.yaml"])
+    plan = comparison_words.read(["sizes.yaml"])
     assert list(plan.models) == ["mamba", "s4d", "transformer"]
-    jobs = {name: comparison.Plan([], plan.shared, tmp_path / "sweep", comparison=plan).job(words) for name, words in plan.models.items()}
+    jobs = {name: Plan([], plan.shared, tmp_path / "sweep", comparison=plan).job(words) for name, words in plan.models.items()}
     sizes = {name: params(built(job.composed.config)) for name, job in jobs.items()}
     assert all(abs(size - 200_000) <= 10_000 for size in sizes.values()), sizes
     assert len({job.path for job in jobs.values()}) == 3

@@ -64,7 +64,8 @@ def _main(arguments: argparse.Namespace) -> None:
         _check([found] if arguments.check else [])
         return
     with starting("lab-compare"):
-        from lab.sweeps.comparison import compare, read_all
+        from lab.sweeps.comparison import compare
+        from lab.sweeps.comparison_words import read_all
 
         comparisons = read_all(arguments.words)
     for comparison in comparisons:
