@@ -158,12 +158,12 @@ SIX = (0.1, 0.2, 0.3, 0.1, 0.2, 0.3)
 @pytest.mark.parametrize(
     ("differences", "metric", "text"),
     [
-        (SIX, "test/exact_match", "a is better than b by 0.2 [0.1, 0.3]"),
-        ([-d for d in SIX], "test/exact_match", "b is better than a by 0.2 [0.1, 0.3]"),
-        (SIX, "test/ce_loss", "b is better than a by 0.2 [0.1, 0.3]"),
-        ([-d for d in SIX], "val/ce_loss", "a is better than b by 0.2 [0.1, 0.3]"),
-        (SIX, "test/mean_sync_order", "a is higher than b by 0.2 [0.1, 0.3]"),
-        ([-d for d in SIX], "test/sync", "b is higher than a by 0.2 [0.1, 0.3]"),
+        (SIX, "test/exact_match", "a is better than b by 0.200 [0.100, 0.300]"),
+        ([-d for d in SIX], "test/exact_match", "b is better than a by 0.200 [0.100, 0.300]"),
+        (SIX, "test/ce_loss", "b is better than a by 0.200 [0.100, 0.300]"),
+        ([-d for d in SIX], "val/ce_loss", "a is better than b by 0.200 [0.100, 0.300]"),
+        (SIX, "test/mean_sync_order", "a is higher than b by 0.200 [0.100, 0.300]"),
+        ([-d for d in SIX], "test/sync", "b is higher than a by 0.200 [0.100, 0.300]"),
         ((*SIX, None, None), "test/exact_match", "a and b: cannot tell, for of 8 seeds 6 are paired"),
         ((0.1, 0.2, -0.1, 0.1, -0.05, 0.2), "test/exact_match", "a and b: not distinguishable with 6 seeds; about 35 would be needed"),
         ((0.1, -0.1, 0.1, -0.1, 0.1, -0.09), "test/exact_match",
@@ -185,7 +185,7 @@ def test_a_sentence_is_about_one_of_several_pairs():
     of_three = "(the smallest two-sided p is 0.0312, 0.0938 for one of 3 pairs); it takes 7"
     assert texts(SIX, third=True)[0] == f"a and b: cannot be significant with 6 seeds {of_three}"
     seven = texts((*SIX, 0.2), third=True)
-    assert seven[0].startswith("a is better than b by 0.2 [") and seven[2].startswith("c is better than b")
+    assert seven[0].startswith("a is better than b by 0.200 [") and seven[2].startswith("c is better than b")
     assert seven[1] == "a and c: not distinguishable with 7 seeds; they differ in none"
     assert texts((None,) * 3) == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ from lab.analysis.curves import curves
 from lab.analysis.expectations import Expectation, judge, lacking
 from lab.analysis.pairs import pairs
 from lab.analysis.report import Report, best_validation, number, read
-from lab.analysis.statistics import METHOD, TEST, Estimate, estimate
+from lab.analysis.statistics import METHOD, TEST, Estimate, estimate, in_figures
 from lab.files import unlike
 from lab.training.provenance import now
 from lab.training.run import Run, RunError
@@ -171,17 +170,11 @@ def unmet(found: Mapping[str, Any]) -> list[str]:
     return [f"{each['text']} ({each['verdict']})" for each in found["expectations"] if each["verdict"] != "held"]
 
 
-def interval(line: Mapping[str, Any], of: str = "mean") -> str:
-    """0.981 [0.950, 1.010], with two digits of its width; the mean alone where there is no interval."""
+def _interval(line: Mapping[str, Any], of: str = "mean") -> str:
+    """The mean alone where there is no interval."""
     if not line["n"]:
         return ""
-    if line["low"] is None:
-        return f"{line[of]:.3f} (n 1)"
-    width = line["high"] - line["low"]
-    digits = 3 if width <= 0 else max(3, 1 - math.floor(math.log10(width)))
-    tiny = 0 < max(abs(line[of]), abs(line["low"]), abs(line["high"])) < 1e-5
-    form = ".1e" if tiny else f".{min(digits, 6)}f"
-    return f"{line[of]:{form}} [{line['low']:{form}}, {line['high']:{form}}]"
+    return f"{line[of]:.3f} (n 1)" if line["low"] is None else in_figures(line[of], line["low"], line["high"])
 
 
 def _of_runs(found: Mapping[str, Any]) -> Report:
@@ -212,7 +205,7 @@ def _of_models(found: Mapping[str, Any]) -> Report:
         lines = {(line["metric"], line["length"]): line for line in summary if line["model"] == model}
         for metric, length in places:
             line = lines.get((metric, length))
-            cell = interval(line) if line else next(
+            cell = _interval(line) if line else next(
                 (run["test"][str(length)].partition(" (")[0] for run in done if isinstance(run["test"].get(str(length)), str)), ""
             )  # fmt: skip
             few = f"; {line['n']} of {len(found['seeds'])} seeds" if line and line["n"] < len(found["seeds"]) else ""
@@ -233,7 +226,7 @@ def _of_pairs(found: Mapping[str, Any]) -> Report:
     for line in found["pairs"]:
         metric = line["metric"] if places[line["metric"]] <= {found["seq_len"]} else f"{line['metric']} at {line['length']}"
         numbers = {name: "" if line[name] is None else f"{line[name]:.3g}" for name in ("p", "p_holm", "effect")}
-        row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
+        row = {"score": metric, "a": line["a"], "b": line["b"], "a - b": _interval(line, "difference"), "n": line["n"], "p": numbers["p"]}
         rows.append(row | {"p by Holm": numbers["p_holm"], "effect": numbers["effect"], "in words": line["text"]})
     together = {(line["a"], line["b"]) for line in found["pairs"]}
     apart = [f"{a} and {b}" for a, b in found["planned"] if (a, b) not in together]
@@ -242,7 +235,7 @@ def _of_pairs(found: Mapping[str, Any]) -> Report:
 
 def _of_expectations(found: Mapping[str, Any]) -> Report:
     rows = [
-        {"claim": each.get("claim") or "", "expected": each["text"], "found": interval(each), "n": each["n"], "verdict": each["verdict"]}
+        {"claim": each.get("claim") or "", "expected": each["text"], "found": _interval(each), "n": each["n"], "verdict": each["verdict"]}
         | {"why": each["why"] or "", "source": each["source"]}
         for each in found["expectations"]
     ]

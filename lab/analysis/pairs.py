@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lab.analysis.statistics import ALPHA, MOST_SEEDS, effect_size, fewest_seeds, holm, p_of, paired_interval, seeds_needed, smallest_p
+from lab.analysis.statistics import (
+    ALPHA,
+    MOST_SEEDS,
+    effect_size,
+    fewest_seeds,
+    holm,
+    in_figures,
+    p_of,
+    paired_interval,
+    seeds_needed,
+    smallest_p,
+)
 
 HIGHER = ("accuracy", "token_accuracy", "exact_match", "exact_match_free")
 LOWER = ("ce_loss", "loss", "bits_per_byte", "perplexity")
@@ -54,7 +65,7 @@ def _sentence(line: Mapping[str, Any], tests: int, seeds: int) -> str:
         low, high = sorted(end if (line["difference"] > 0) else -end for end in (line["low"], line["high"]))
         more = "better" if name in (*HIGHER, *LOWER) else "higher"
         first, second = (a, b) if a_is_it else (b, a)
-        return f"{first} is {more} than {second} by {abs(line['difference']):.3g} [{low:.3g}, {high:.3g}]"
+        return f"{first} is {more} than {second} by {in_figures(abs(line['difference']), low, high)}"
     if tests * smallest_p(n) > ALPHA:
         corrected = f", {min(1.0, tests * smallest_p(n)):.3g} for one of {tests} pairs" if tests > 1 else ""
         smallest = f"the smallest two-sided p is {smallest_p(n):.3g}{corrected}"

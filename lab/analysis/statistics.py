@@ -45,6 +45,14 @@ class Estimate(NamedTuple):
     high: float | None
 
 
+def in_figures(mean: float, low: float, high: float) -> str:
+    """0.981 [0.950, 1.010], with two digits of its width."""
+    digits = 3 if high <= low else max(3, 1 - math.floor(math.log10(high - low)))
+    tiny = 0 < max(abs(mean), abs(low), abs(high)) < 1e-5
+    form = ".1e" if tiny else f".{min(digits, 6)}f"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """By METHOD. Equal values give an interval without width; the same values give the same interval, digit by digit.
 

@@ -16,6 +16,7 @@ from lab.analysis.page.studies import Study, is_share, lower_is_better
 from lab.analysis.page.svg import COLOURS, LONGEST, swatch
 from lab.analysis.page.tables import SHORT, cell, cells_of, head_of, is_number, scrolling, table
 from lab.analysis.report import number
+from lab.analysis.statistics import in_figures
 
 VERDICTS = {"held": "✓", "not held": "✗", "cannot tell": "?"}
 STATUS = {"done": "✓", "failed": "✗"}
@@ -110,7 +111,7 @@ def _ranked(study: Study) -> list[str]:
             lines = [line for model in study.models if (line := study.line(model, metric, length))]
             lines.sort(key=lambda line: line["mean"], reverse=not lower_is_better(metric))
             where = f" at length {length:,}" if length is not None else ""
-            scores = ", ".join(f"{line['model']} {score(metric, line['mean'])}{_interval(metric, line)}" for line in lines)
+            scores = ", ".join(f"{line['model']} {' '.join(_figures(metric, line))}" for line in lines)
             if lines:
                 found.append(f"{metric}{where}, the best first: {scores}.")
     if found and len(study.models) > 1:
@@ -120,7 +121,7 @@ def _ranked(study: Study) -> list[str]:
 
 def _claim(each: Mapping[str, Any]) -> Element:
     metric = str(each["metric"])
-    measured = f"found {score(metric, each['mean'])}{_interval(metric, each)}, n {each['n']}" if each["n"] else "no score"
+    measured = f"found {' '.join(_figures(metric, each))}, n {each['n']}" if each["n"] else "no score"
     said: list[Child] = [el("strong", str(each["verdict"])), " ", str(each.get("claim") or each["text"])]
     detail = f"{each['text']}; {measured}" + (f" ({each['why']})" if each.get("why") else "")
     mark = el("span", VERDICTS.get(each["verdict"], "?"), class_="sign", aria_hidden="true")
@@ -210,18 +211,21 @@ def _score(study: Study, model: str, metric: str, length: Any) -> Child:
         why = next((run.test[str(length)] for run in study.of(model) if isinstance(run.test.get(str(length)), str)), None)
         return el("span", "—", title=why) if why else None
     values = ", ".join(f"seed {seed}: {number(value)}" for seed, value in zip(line.get("seeds", []), line.get("values", []), strict=False))
-    interval = el("span", _interval(metric, line), class_="interval") if _interval(metric, line) else None
-    return el("span", score(metric, line["mean"]), interval, title=values, data_v=line["mean"])
+    mean, *interval = _figures(metric, line)
+    return el("span", mean, *(el("span", f" {each}", class_="interval") for each in interval), title=values, data_v=line["mean"])
 
 
-def score(metric: str, value: float, digits: int = 4) -> str:
+def score(metric: str, value: float) -> str:
     """0.9810 of a share; of another score, four digits."""
-    return f"{value:.{digits}f}" if is_share(metric) else number(float(value))
+    return f"{value:.4f}" if is_share(metric) else number(float(value))
 
 
-def _interval(metric: str, line: Mapping[str, Any]) -> str:
+def _figures(metric: str, line: Mapping[str, Any]) -> list[str]:
+    """The mean, and its interval where there is one."""
     low, high = line.get("low"), line.get("high")
-    return f" [{score(metric, low, 3)}, {score(metric, high, 3)}]" if low is not None and high is not None else ""
+    if low is None or high is None:
+        return [score(metric, line["mean"])]
+    return in_figures(line["mean"], low, high).split(" ", 1)
 
 
 # ----------------------------------------------------------------------- charts
