@@ -118,6 +118,42 @@ def test_other_lengths_score_the_same_runs_again_and_train_none(player):
         assert job.next_command() == (None if scored is None else [EVAL, str(folder), *asked]), "those scored before stay"
 
 
+def test_scores_that_cannot_be_had_are_asked_for_in_the_table(player, capsys):
+    """Runs that are done, of which a second lab-eval fails."""
+    assert run("tiny.yaml", "models=mamba", "seeds=[1]") == 0
+    player.plan = {("mamba", 1): "no scores"}
+    capsys.readouterr()
+    assert run("tiny.yaml", "models=mamba", "seeds=[1]", "task.eval_lengths=[1,2,4]") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "done" in out and "trained, but not evaluated" in out
+
+
+def test_runs_on_other_data_and_of_other_code(player, capsys):
+    """Data may change behind a config that stays, and code always does."""
+    assert run("tiny.yaml", "--format", "markdown") == 0
+    assert "different code" not in capsys.readouterr().out
+    for i, each in enumerate(found()["runs"]):
+        folder = Path(each["folder"])
+        write_json(
+            folder / "hparams.yaml", {"created": f"2026-01-0{i + 1}", "code_version": f"code{i // 2}", "git_commit": None, "choices": {}}
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        write_json(folder / "metrics.json", metrics | {"data": {"sha256": "0ldolds" if i == 0 else "newnew"}})
+    assert run("tiny.yaml", "--format", "markdown") == 1
+    out, document = capsys.readouterr().out, found()
+    assert [each["status"] for each in document["runs"]] == ["other data", "done", "done", "done"]
+    assert "its data are 0ldolds, and newnew in the newest run; fresh=true runs all of them again" in out
+    assert "attention and mamba: cannot tell, for of 2 seeds 1 is paired" in out
+    assert "the runs are of different code: code0 (1), code1 (2); fresh=true" in out
+
+
+def test_other_questions_of_the_same_runs_are_another_comparison(player, file):
+    assert run("tiny.yaml") == 0
+    file.write_text(comparison_file.FILE.replace("at_least: 0.9", "at_least: 0.8"))
+    assert run("tiny.yaml") == 0 and len(player.calls) == 4
+    assert len(list(Path("runs/comparisons").iterdir())) == 2
+
+
 def test_what_it_writes_and_prints(player, capsys):
     player.plan = {("transformer", 1): 0.5, ("transformer", 2): 0.6, ("mamba", 2): 0.99}
     assert run("tiny.yaml", "--check", "--format", "markdown") == 1

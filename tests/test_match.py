@@ -213,6 +213,9 @@ def test_a_classifier_has_no_state():
     ("words", "sentence"),
     [
         (("match.by=param", "match.target=1M"), "match.by (command line): expected params, flops, state, got param; did you mean params?"),
+        (("match.by=[params]", "match.target=1M"), "match.by (command line): expected params, flops, state, got ['params']"),
+        (("match.by=params", "match.target=[1]"), "match.target (command line): [1] is neither a number, such as 1M, nor a model"),
+        (("match.by=params", "match.target=1__000"), "match.target (command line): 1__000 is neither a number, such as 1M, nor a model"),
         (("match.by=params",), "match.target (command line): it is not set; it must be a number, as 1M, or the name of a model"),
         (("match.target=1M",), "match.by (command line): it is not set; it must be one of params, flops, state"),
         (("match.by=params", "match.target=transformr"), "a number, such as 1M, nor a model of configs/model; did you mean transformer?"),
@@ -224,6 +227,7 @@ def test_a_classifier_has_no_state():
         (("match.by=state", "match.target=1M", "match.knob=model.d_ff"), "the bytes of state of lot do not depend on model.d_ff"),
         (("match=params",), "match (command line): expected"),
         (("match.by=params", "match.target=1M", "model.d_model=96"), "model.d_model (command line): match solves it; leave one out"),
+        (("match.by=params", "match.target=1M", "model={d_model: 96}"), "model.d_model (command line): match solves it; leave one out"),
         (("match.by=params", "match.target=1M", "model.n_layer=2"), "model.n_layer (command line): lab.models.Stack has no such argument"),
         (("match.by=params", "match.target=1M", "model.mixer.n_heads=0"), "n_heads=0"),
         (("match.by=params", "match.target=h3_attention"), "h3_attention cannot be a model of this experiment"),

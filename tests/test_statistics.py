@@ -118,7 +118,7 @@ def test_the_interval_of_a_difference_holds_the_truth_as_often_as_promised():
 def test_the_smallest_p():
     assert (smallest_p(5), smallest_p(8)) == (0.0625, 0.0078125) and smallest_p(40) == 0.0002
     assert [fewest_seeds(tests) for tests in (1, 3, 28, 250, 251)] == [6, 7, 11, 14, None] and seeds_needed(2.0, 251) is None
-    assert p_of((1.0,) * 8) == 0.0078125 and p_of((1.0,) * 14) == pytest.approx(2 * (0.0001 + 1 / 2**14), abs=2e-4)
+    assert p_of((1.0,) * 8) == 0.0078125 and p_of((1.0,) * 14) == smallest_p(14) == 0.0002
 
 
 def test_holm_and_the_effect_size():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from lab.sweeps.comparison import Comparison
 
 FILE = "comparison.json"
+OTHER_DATA = "other data"  # the status of a run that is done, but not comparable
 
 
 def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """runs: {model, seed, words, folder, reason} of each; reason is why its process failed."""
-    found = [_run(run, comparison.seq_len) for run in runs]
+    found = [_run(run, comparison) for run in runs]
+    _set_apart(found)
     lengths = {"val": [comparison.seq_len], "test": comparison.lengths}
     summary, compared = [], []
     for metric in comparison.metrics:
@@ -60,7 +63,7 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
     }
 
 
-def _run(run: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
+def _run(run: Mapping[str, Any], comparison: Comparison) -> dict[str, Any]:
     """One run as its folder says. Scores are those of the best checkpoint by validation: `val` of itself, `test` by length."""
     row, folder = read(run["folder"], reason=run["reason"]), Path(run["folder"])
     val: dict[str, Any] = {}
@@ -68,22 +71,36 @@ def _run(run: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
         val = {name.removeprefix("val/"): value for name, value in best_validation(folder).items() if name.startswith("val/")}
     by_length: dict[str, Any] = {}
     if row.status == "done" and row.test:
-        by_length = json.loads((folder / "eval" / "test-best.json").read_text()).get("by_length") or {str(seq_len): row.test}
+        by_length = json.loads((folder / "eval" / "test-best.json").read_text()).get("by_length") or {str(comparison.seq_len): row.test}
+    not_scored = {str(length) for length in comparison.lengths} - set(by_length)  # by a second lab-eval, perhaps, that failed
     return {
         "model": run["model"],
         "seed": run["seed"],
         "folder": str(folder),
         "command": shlex.join(["lab-train", *run["words"]]),
         "status": row.status,
-        "reason": row.reason,
+        "reason": row.reason or (run["reason"] if not_scored else None),
         "step": row.step,
         "params": row.params,
         "seconds": _seconds(folder),
         "code_version": row.code,
+        "created": row.created,
+        "data": row.sha256,
         "references": row.references,
         "val": val,
         "test": by_length,
     }
+
+
+def _set_apart(runs: list[dict[str, Any]]) -> None:
+    """A score is only set beside others of the same data: that of the newest run. Other data may lie behind an unchanged config, as of
+    `task=stdlib` with another Python."""
+    scored = [run for run in runs if run["status"] == "done" and run["data"]]
+    newest = max(scored, key=lambda run: run["created"], default=None)
+    for run in scored:
+        if newest is not None and run["data"] != newest["data"]:
+            why = f"its data are {run['data'][:8]}, and {newest['data'][:8]} in the newest run; fresh=true runs all of them again"
+            run |= {"status": OTHER_DATA, "reason": why}
 
 
 def _seconds(folder: Path) -> float | None:
@@ -153,8 +170,8 @@ def load(folder: str) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from error
     types = {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str, "seq_len": int}
-    types |= {"planned": list, "pairs": list, "curves": list, "seeds": list, "test": str}
-    if wrong := unlike(found, types):
+    types |= {"planned": list, "pairs": list, "curves": list, "seeds": list, "test": str, "name": str, "command": str}
+    if wrong := unlike(found, types) or (not found["runs"] and "it has no runs"):
         raise RunError(f"{path} is not a comparison of lab: {wrong}")
     return dict(found)
 
@@ -216,6 +233,10 @@ def _of_models(found: Mapping[str, Any]) -> Report:
     missing = [run for run in found["runs"] if run["status"] != "done"]
     without = {model: {run["seed"]: _not_done(run) for run in missing if run["model"] == model} for model in found["models"]}
     notes += [f"without {lacking(model, seeds, len(seeds) < len(found['seeds']))}" for model, seeds in without.items() if seeds]
+    codes = Counter(run["code_version"] for run in found["runs"] if run["status"] == "done" and run["code_version"])
+    if len(codes) > 1:
+        kinds = ", ".join(f"{code} ({n})" for code, n in codes.items())
+        notes.append(f"the runs are of different code: {kinds}; fresh=true runs all of them again")
     notes += [f"without a model: {', '.join(sorted(references))}"] if references else []
     return Report(list(rows[0]), rows, notes)
 

@@ -6,6 +6,7 @@ the seeds: all of it within the bound, all of it beyond, or neither. Without the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -83,6 +84,8 @@ def _parse_one(key: Key, item: Any, models: Sequence[str]) -> Expectation:
             raise MistakeError((*key, name), f"there is no such key{hint(str(name), TYPES)}")
         if not isinstance(value, TYPES[name]) or isinstance(value, bool):
             raise MistakeError((*key, name), f"expected {WORDS[TYPES[name]]}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MistakeError((*key, name), f"expected a finite number, got {value}; leave out a bound that there is not")
     for name in ("metric", "model", "source"):
         if name not in item:
             raise MistakeError((*key, name), "it is missing; an expectation has metric, model, a bound and source", culprit=key)

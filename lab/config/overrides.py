@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lab.config import files
 from lab.config.errors import ConfigError, hint
+from lab.config.tree import Key, leaves
 
 SHELL = "command line"
 OPTIONAL = ("callbacks", "logger")  # groups that a config can do without
@@ -58,6 +59,11 @@ def read(words: list[str]) -> Request:
             raise ConfigError(f"experiment ({SHELL}): two are given, {choices[key]} and {option}; keep one")
         choices[key] = option
     return Request(options, choices, values)
+
+
+def places_of(override: Override) -> list[Key]:
+    """The places that a value sets: of a dict, which is merged into what is there, those of its values."""
+    return [key for key, _ in leaves(override.value(), tuple(override.key_or_group.split(".")))]
 
 
 def _choice(override: Override, options: files.Options) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
     if a signal ended it."""
     plan = Plan(comparison.words, comparison.shared, Path(), comparison=comparison)
     folders = sorted({str(plan.job(own).path) for _, _, own in plan.runs})
-    plan.path = Path("runs", "comparisons", f"{comparison.name}_{hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:8]}")
+    asked = [folders, comparison.pairs, [asdict(expectation) for expectation in comparison.expectations]]
+    plan.path = Path("runs", "comparisons", f"{comparison.name}_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
     with plan.alive():
         try:
             plan.run([own for _, _, own in plan.runs], comparison.n_jobs, comparison.threads)

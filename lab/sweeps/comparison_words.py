@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from lab.analysis.expectations import Expectation, parse
 from lab.analysis.metrics import score_names
-from lab.config import Composed, ConfigError, MistakeError, check, compose, files, overrides
+from lab.config import Composed, ConfigError, MistakeError, check, compose, files, first_difference, overrides
 from lab.config.defaults import COMPARISON
 from lab.config.errors import hint
+from lab.config.identity import relevant
 from lab.config.layers import Layer, saying_where
-from lab.config.overrides import SHELL
-from lab.config.tree import Key, dotted, leaves
+from lab.config.overrides import SHELL, places_of
+from lab.config.tree import dotted
 from lab.sweeps.comparison import Comparison
 from lab.sweeps.multirun import OF_A_RUN
 from lab.tasks import Task
@@ -64,9 +64,8 @@ def read(words: Sequence[str]) -> Comparison:
                 if name in tasks:
                     _check_score(("expect", index), expectation, tasks[name], name, composed[name])
         first = next(iter(tasks.values()))
-        for name, task in tasks.items():
-            if task.seq_len != first.seq_len:
-                raise MistakeError(("models", name), f"its task.seq_len is {task.seq_len}, and {first.seq_len} of {chosen[0]}")
+        for name in chosen[1:]:
+            _check_beside(chosen[: chosen.index(name)], name, composed)
     pairs = _typed_pairs(own["pairs"], chosen) if "pairs" in own else [pair for pair in in_file if {*pair} <= {*chosen}]
     lengths = {task.seq_len * scale for task in tasks.values() for scale in (1, *task.eval_lengths)}
     metrics = list(dict.fromkeys(expectation.metric for expectation in expectations)) or [f"test/{[*first.metrics, 'ce_loss'][0]}"]
@@ -242,20 +241,29 @@ def _saying_whose(name: str) -> Iterator[None]:
         raise MistakeError(("models", name), str(error).replace(f" ({SHELL})", "")) from None
 
 
+def _check_beside(others: Sequence[str], name: str, composed: Mapping[str, Composed]) -> None:
+    """MistakeError for a model on another task than those before it, or that is one of them under another name."""
+    mine, theirs = (relevant(composed[each].stored) for each in (name, others[0]))
+    for key in [*mine, *theirs]:
+        if key.startswith("task.") and key != "task.source" and mine.get(key) != theirs.get(key):
+            there = f"its {key} is {mine.get(key)}, and {theirs.get(key)} of {others[0]}"
+            raise MistakeError(("models", name), f"{there}: models are compared on one task")
+    for other in others:
+        if first_difference(composed[name].stored, composed[other].stored) is None:
+            raise MistakeError(("models", name), f"it is {other} under another name: their configs are the same")
+
+
 def _check_heard(shared: list[str], name: str, words: list[str], file: str) -> None:
     """ConfigError for a word of the command line that the words of a model would override."""
     with _saying_whose(name):
         given, mine = overrides.read(shared), overrides.read(words)
-    its_own = _places(mine.values)
+    its_own = [key for value in mine.values for key in places_of(value)]
     unheard = [choice for choice in given.choices if choice in mine.choices]
-    unheard += [dotted(key) for key in _places(given.values) if any(key[: len(own)] == own[: len(key)] for own in its_own)]
+    unheard += [
+        dotted(key) for value in given.values for key in places_of(value) if any(key[: len(own)] == own[: len(key)] for own in its_own)
+    ]
     if unheard:
         raise ConfigError(f"{unheard[0]} ({SHELL}): {name} has a word of its own for it in {file}; change that one, or leave out {name}")
-
-
-def _places(values: Iterable[Override]) -> list[Key]:
-    """The places that words set: of a dict, which is merged into what is there, those of its values."""
-    return [key for value in values for key, _ in leaves(value.value(), tuple(value.key_or_group.split(".")))]
 
 
 def _check_score(key: tuple[Any, ...], expectation: Expectation, task: Task, model: str, composed: Composed) -> None:

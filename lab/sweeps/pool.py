@@ -105,9 +105,11 @@ class Pool:
     def _ended(self, running: Running, waiting: deque[Job]) -> None:
         job, code = running.job, running.process.exitcode
         assert code is not None
+        lost = False
         if code == warm.LOST:
             with suppress(ProcessLookupError):  # it has ended with that code itself
                 os.killpg(running.pid, signal.SIGTERM)  # it saves and stops, for nobody watches it
+                lost = True
         if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
             waiting.append(job)
             self.met.add(job.path)
@@ -119,7 +121,9 @@ class Pool:
         if self.received and (code or following):
             self.overview.ended(job, "stopped")
             return
-        reason = job.reason(running.command, running.pid, code, running.log_start) if code else None
+        reason = job.reason(running.command, running.pid, code, running.log_start) if code and not lost else None
+        if lost:
+            reason = "the process that jobs are forked from was killed, and this one told to stop; the same command goes on with it"
         self.record(job, reason)
         self.overview.ended(job, f"{job.status}: {reason}" if reason else "done")
 

@@ -28,7 +28,7 @@ from lab.config import Composed, ConfigError, MistakeError, build, check, compos
 from lab.config.errors import hint
 from lab.config.files import options
 from lab.config.layers import Layer
-from lab.config.overrides import SHELL, parse
+from lab.config.overrides import SHELL, parse, places_of
 from lab.config.tree import lookup
 from lab.training.experiment import build_node
 
@@ -85,7 +85,8 @@ def solve(composed: Composed, model_at: Callable[[str, int], Any]) -> Layer:
     except ConfigError:
         raise
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        problem = f"{model} cannot be built or run without numbers, on torch's meta device ({str(error).splitlines()[0]})"
+        said = str(error).partition("\n")[0] or type(error).__name__
+        problem = f"{model} cannot be built or run without numbers, on torch's meta device ({said})"
         raise MistakeError(("match",), problem) from error
     if current[0] is not None and at(current[0]) == found:  # a model that matches itself
         best = current[0]
@@ -114,9 +115,9 @@ def _read(composed: Composed) -> Match:
         if given.get(name) is None:
             raise MistakeError(("match", name), f"it is not set; it must be {right}", culprit=("match",))
     match = Match(**given)
-    if match.by not in UNITS:
+    if not isinstance(match.by, str) or match.by not in UNITS:
         raise MistakeError(("match", "by"), f"expected {', '.join(UNITS)}, got {match.by}{hint(str(match.by), UNITS)}")
-    if match.number is None and match.target not in options()["model"]:
+    if match.number is None and (not isinstance(match.target, str) or match.target not in options()["model"]):
         right = hint(str(match.target), options()["model"])
         raise MistakeError(("match", "target"), f"{match.target} is neither a number, such as 1M, nor a model of configs/model{right}")
     if match.number is not None and not 0 < match.number < math.inf:
@@ -130,7 +131,7 @@ def _read(composed: Composed) -> Match:
         problem = f"expected a key of the model that holds an int, such as model.d_model or model.n_layers, got {match.knob}"
         raise MistakeError(("match", "knob"), problem)
     for word in composed.overrides:
-        if not word.startswith("--") and parse(word).key_or_group == match.knob:
+        if not word.startswith("--") and key in places_of(parse(word)):
             raise ConfigError(f"{match.knob} ({SHELL}): match solves it; leave one out, or solve another key with match.knob")
     return match
 
@@ -139,7 +140,7 @@ def _number(value: Any) -> float | None:
     """1e6, "1M", "250k" -> a number; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    found = re.fullmatch(r"([\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmgb]?)", str(value).strip(), re.IGNORECASE)
+    found = re.fullmatch(r"((?:\d|\d_(?=\d))*\.?\d+(?:e[+-]?\d+)?)\s*([kmgb]?)", str(value).strip(), re.IGNORECASE)
     return float(found[1]) * FACTORS[found[2].lower()] if found else None
 
 

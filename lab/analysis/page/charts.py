@@ -12,7 +12,7 @@ from lab.analysis.curves import AXES
 from lab.analysis.page.studies import MOST_POINTS, Study, is_share, lower_is_better, thinned
 from lab.analysis.page.svg import Axis, Point, Series, chart
 from lab.analysis.report import number
-from lab.analysis.statistics import estimate
+from lab.analysis.statistics import estimate, in_figures
 
 DECADE = 8.0  # the ratio of values from which on their axis is logarithmic
 
@@ -30,9 +30,8 @@ class View(NamedTuple):
 
 
 def said(mean: float, low: float | None, high: float | None, n: int) -> str:
-    """0.9810 [0.9500, 1.0100], n 3"""
-    spread = f" [{number(float(low))}, {number(float(high))}]" if low is not None and high is not None else ""
-    return f"{number(float(mean))}{spread}, n {n}"
+    """0.981 [0.950, 1.010], n 3"""
+    return f"{number(float(mean)) if low is None or high is None else in_figures(mean, low, high)}, n {n}"
 
 
 def learning(study: Study) -> list[View]:

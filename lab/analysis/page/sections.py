@@ -92,7 +92,7 @@ def _answer(study: Study) -> list[Element]:
         said = el("ul", *sentences, class_="findings")
         found += [el("p", f"{place}:"), said] if i == 0 else [_folded(place, said)]
     if study.pairs:
-        found.append(_folded("All pairs in numbers", _pairs(study.pairs)))
+        found.append(_folded("All pairs in numbers", _pairs(study.pairs), el("p", f"{study.test}.", class_="note")))
     else:
         found += [el("p", sentence) for sentence in _ranked(study)]
     if study.expectations:

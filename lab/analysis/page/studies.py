@@ -6,17 +6,16 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lab.analysis.comparison import FILE
+from lab.analysis.comparison import FILE, load
 from lab.analysis.curves import curves
 from lab.analysis.page.runs import RunView, view
 from lab.analysis.pairs import HIGHER, LOWER
 from lab.analysis.report import Row, differences, newest, read, rows
-from lab.analysis.statistics import METHOD, estimate
-from lab.files import unlike
+from lab.analysis.statistics import METHOD, TEST, estimate
 from lab.training.run import RunError
 
 MOST_POINTS = 60  # of a learning curve
@@ -37,6 +36,7 @@ class Study:
     expectations: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
     method: str = METHOD
+    test: str = TEST
 
     @property
     def done(self) -> list[RunView]:
@@ -85,13 +85,15 @@ def studies(targets: Sequence[str]) -> list[Study]:
 def _of_comparison(file: Path) -> tuple[Study, set[Path]]:
     """The study of a comparison.json, and the folders of its runs, wherever these `runs` are seen from. A run whose folder is not there is
     shown by what the file has of it."""
-    found = _read(file)
+    found = load(str(file))
     views, folders = [], set()
     for run in found["runs"]:
         folder = file.parents[2] / Path(*Path(run["folder"]).parts[1:])  # the file is in runs/comparisons/NAME
         folder = folder if folder.is_dir() else Path(run["folder"])
         folders.add(folder.resolve())
         row = read(folder, reason=None if run["status"] in ("done", "not begun") else run["reason"])
+        if row.status == "done" and run["reason"]:
+            row = replace(row, status=run["status"], reason=run["reason"])
         if not folder.is_dir():
             kept = {name: run.get(name) for name in ("status", "reason", "step", "params")}
             row = Row(folder, references=run.get("references") or {}, code=run.get("code_version"), **kept)
@@ -102,34 +104,22 @@ def _of_comparison(file: Path) -> tuple[Study, set[Path]]:
         views.append(shown)
     metrics = list(dict.fromkeys([*found["metrics"], *(line["metric"] for line in found["summary"])]))
     study = Study(
-        title=str(found.get("name") or file.parent.name),
+        title=found["name"],
         models=found["models"],
         runs=views,
         metrics=metrics,
         seq_len=found["seq_len"],
         summary=found["summary"],
-        curves=found.get("curves") or [],
-        pairs=found.get("pairs") or [],
+        curves=found["curves"],
+        pairs=found["pairs"],
         expectations=found["expectations"],
-        command=found.get("command"),
+        command=found["command"],
         method=found["method"],
+        test=found["test"],
     )
     if not study.curves:
         study.curves = _curves(study.models, views, [*study.metrics, "val/ce_loss"])
     return study, folders
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """comparison.json with the keys that the page cannot do without; of a comparison that is at work, or of another version, others may not
-    be there."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read: {error}") from error
-    types = {"runs": list, "summary": list, "expectations": list, "models": dict, "metrics": list, "method": str, "seq_len": int}
-    if wrong := unlike(found, types):
-        raise RunError(f"{file} is not a comparison of lab: {wrong}")
-    return dict(found)
 
 
 def _by_data(found: list[Row]) -> list[Study]:
