@@ -12,7 +12,7 @@ from torch import nn
 from lab import ops
 from lab.analysis.cost import cost, flops_per_token, params, state_bytes
 from lab.layers import MoE
-from lab.mixers import Attention, GatedMLP, Lattice, MambaLayer, S4DLayer, S4Layer
+from lab.mixers import Attention, GatedMLP, H3Layer, Lattice, MambaLayer, S4DLayer, S4Layer, S5Layer, Serriform
 from lab.mixers.base import Mixer, Output
 from lab.models import Laminar, Stack, TransformerModel
 from lab.models.decoding import DECODE
@@ -85,6 +85,27 @@ def test_s4_adds_its_cauchy_sums_and_their_transform():
     kernel = sums + power + D * transform(L)  # from the points on the circle back to the kernel
     got = flops_per_token(stack(lambda d_model: S4Layer(d_model, d_state=2 * n)), L)
     assert got == pytest.approx(HEAD + 2 * D * 2 * D + (kernel + convolution) / L)
+
+
+def test_s5_is_a_scan_between_two_complex_products():
+    P = 6
+    layer = 2 * 2 * D * P + 8 * P + 2 * 2 * P * D + 2 * D * D  # B u, the scan, Re(C h), the gate
+    assert flops_per_token(stack(lambda d_model: S5Layer(d_model, d_state=2 * P)), L) == HEAD + layer
+
+
+def test_h3_is_a_short_convolution_and_an_s4d_between_three_projections():
+    n = 3
+    s4d = 8 * D * n + (3 * D * transform(2 * L) + 6 * D * (L + 1)) / L + 2 * D
+    layer = 2 * D * 3 * D + 2 * 2 * n * D + s4d + 2 * D * D
+    assert flops_per_token(stack(lambda d_model: H3Layer(d_model, d_state=2 * n)), L) == HEAD + layer
+
+
+def test_serriform_is_the_sum_of_its_parts():
+    K, M, r = 3, D // 4, D // 4
+    convolution, recurrence, fusion, low_rank = 2 * K * D + 2 * D * D, 2 * M, 2 * D * 2 * D, 2 * 2 * D * r
+    assert flops_per_token(stack(lambda d_model: Serriform(d_model)), L) == HEAD + convolution + recurrence + fusion + low_rank
+    without = flops_per_token(stack(lambda d_model: Serriform(d_model, use_conv=False, use_lowrank_ff=False)), L)
+    assert without == HEAD + recurrence + fusion
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
