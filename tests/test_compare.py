@@ -140,7 +140,8 @@ def test_runs_on_other_data_and_of_other_code(player, capsys):
         metrics = json.loads((folder / "metrics.json").read_text())
         write_json(folder / "metrics.json", metrics | {"data": {"sha256": "0ldolds" if i == 0 else "newnew"}})
     assert run("tiny.yaml", "--format", "markdown") == 1
-    out, document = capsys.readouterr().out, found()
+    (out, err), document = capsys.readouterr(), found()
+    assert err.endswith("1 of 4 runs do not count: their data are not those of the newest; fresh=true runs all of them again\n")
     assert [each["status"] for each in document["runs"]] == ["other data", "done", "done", "done"]
     assert "its data are 0ldolds, and newnew in the newest run; fresh=true runs all of them again" in out
     assert "attention and mamba: cannot tell, for of 2 seeds 1 is paired" in out

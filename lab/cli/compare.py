@@ -52,7 +52,7 @@ def _parser() -> Parser:
 
 def _main(arguments: argparse.Namespace) -> None:
     with starting("lab-compare"):
-        from lab.analysis.comparison import load
+        from lab.analysis.comparison import OTHER_DATA, load
         from lab.config import ConfigError
         from lab.training.run import RunError
 
@@ -80,6 +80,10 @@ def _main(arguments: argparse.Namespace) -> None:
         written, failed, runs = [*written, found], failed + not_done, runs + len(found["runs"])
     if failed:
         raise RunError(f"{failed} of {runs} runs are not done; the same command goes on with them")
+    if apart := sum(run["status"] == OTHER_DATA for found in written for run in found["runs"]):
+        raise RunError(
+            f"{apart} of {runs} runs do not count: their data are not those of the newest; fresh=true runs all of them again"
+        )
     _check(written if arguments.check else [])
 
 

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lab.analysis.comparison import FILE, document
+from lab.analysis.comparison import FILE, OTHER_DATA, document
 from lab.analysis.expectations import Expectation
 from lab.analysis.page.document import page
 from lab.analysis.statistics import fewest_seeds
@@ -28,6 +28,7 @@ from lab.files import atomic, write_json, write_text
 from lab.sweeps.multirun import Sweep
 
 PAGE = "page.html"  # beside comparison.json
+DONE = ("done", OTHER_DATA)  # nothing is left to do of these
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,4 @@ def compare(comparison: Comparison) -> tuple[dict[str, Any], Path, int]:
             written = plan.write()
             plan.draw(written)
         failed = {job["folder"] for job in plan.jobs() if job["reason"]}
-    return written, plan.path, sum(run["status"] != "done" or run["folder"] in failed for run in written["runs"])
+    return written, plan.path, sum(run["status"] not in DONE or run["folder"] in failed for run in written["runs"])
