@@ -81,9 +81,7 @@ def _main(arguments: argparse.Namespace) -> None:
     if failed:
         raise RunError(f"{failed} of {runs} runs are not done; the same command goes on with them")
     if apart := sum(run["status"] == OTHER_DATA for found in written for run in found["runs"]):
-        raise RunError(
-            f"{apart} of {runs} runs do not count: their data are not those of the newest; fresh=true runs all of them again"
-        )
+        raise RunError(f"{apart} of {runs} runs do not count: their data are not those of the newest; fresh=true runs all of them again")
     _check(written if arguments.check else [])
 
 
