@@ -36,10 +36,7 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
     for metric in comparison.metrics:
         for length in lengths[metric.partition("/")[0]]:
             scores = {model: _values(found, model, metric, length) for model in comparison.models}
-            for model, values in scores.items():
-                if values:
-                    line = {"model": model, "metric": metric, "length": length, "seeds": list(values), "values": list(values.values())}
-                    summary.append(line | estimate(list(values.values()))._asdict())
+            summary += [summarised(model, metric, length, values) for model, values in scores.items() if values]
             compared += pairs(scores, comparison.pairs, metric, length, len(comparison.seeds))
     validated = dict.fromkeys(f"val/{name.partition('/')[2]}" for name in (*comparison.metrics, "val/ce_loss"))
     done = [run for run in found if run["status"] == "done"]
@@ -61,6 +58,12 @@ def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[
         "curves": curves(folders, validated),
         "expectations": [_judged(expectation, comparison, found) for expectation in comparison.expectations],
     }
+
+
+def summarised(model: str, metric: str, length: int | None, scores: Mapping[Any, float]) -> dict[str, Any]:
+    """A line of "summary": the scores of a model, by seed, and what they say."""
+    line = {"model": model, "metric": metric, "length": length, "seeds": list(scores), "values": list(scores.values())}
+    return line | estimate(list(scores.values()))._asdict()
 
 
 def _run(run: Mapping[str, Any], comparison: Comparison) -> dict[str, Any]:

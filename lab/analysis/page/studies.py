@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lab.analysis.comparison import FILE, load
+from lab.analysis.comparison import FILE, load, summarised
 from lab.analysis.curves import curves
 from lab.analysis.page.runs import RunView, view
 from lab.analysis.pairs import HIGHER, LOWER
 from lab.analysis.report import Row, differences, newest, read, rows
-from lab.analysis.statistics import METHOD, TEST, estimate
+from lab.analysis.statistics import METHOD, TEST
 from lab.training.run import RunError
 
 MOST_POINTS = 60  # of a learning curve
@@ -207,10 +207,7 @@ def _summary(models: Iterable[str], views: list[RunView], metrics: list[str], se
                     if isinstance(scores, dict) and isinstance(scores.get(name), int | float):
                         scored[json.dumps(run.seed)] = scores[name]
                 if scored:
-                    line = {"model": model, "metric": metric, "length": int(length) if length.isdecimal() else None}
-                    lines.append(
-                        line | {"seeds": list(scored), "values": list(scored.values())} | estimate(list(scored.values()))._asdict()
-                    )
+                    lines.append(summarised(model, metric, int(length) if length.isdecimal() else None, scored))
     return lines
 
 
