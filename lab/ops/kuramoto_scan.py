@@ -27,6 +27,7 @@ from lab.ops.backend import Backend, Op, differentiable_once, exporting
 
 TWO_PI = 2 * math.pi
 Form = Literal["lattice", "mesh"]
+EVEN = 16  # sides of a matrix product; of others MKL sums the borders in an order that depends on the number of threads
 WRAP_EVERY = 16  # steps; between two wraps a phase stays small enough for float32
 
 
@@ -211,9 +212,11 @@ def backward_op(
     g_drive = dt * adjoints[:, 1:]
     g_W = phases.new_empty(0)
     if grad_W:
-        theta, c = phases[:, :-1].flatten(0, 1), (g_drive if of_coupling is None else of_coupling).flatten(0, 1)
+        H = len(kappa)
+        c = g_drive if of_coupling is None else of_coupling
+        theta, c = (F.pad(t.flatten(0, 1), (0, -H % EVEN)) for t in (phases[:, :-1], c))
         sin, cos = theta.sin(), theta.cos()
-        g_W = kappa[:, None] * ((c * cos).T @ sin - (c * sin).T @ cos)
+        g_W = kappa[:, None] * ((c * cos).T @ sin - (c * sin).T @ cos)[:H, :H]
     return adjoints[:, 0].clone(), g_drive, g_drive.sum((0, 1)), g_kappa, g_W
 
 
