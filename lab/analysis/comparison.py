@@ -7,24 +7,53 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lab.analysis.curves import curves
 from lab.analysis.expectations import Expectation, judge, lacking
 from lab.analysis.pairs import pairs
 from lab.analysis.report import Report, best_validation, number, read
-from lab.analysis.statistics import METHOD, TEST, Estimate, estimate, in_figures
+from lab.analysis.statistics import METHOD, TEST, Estimate, estimate, fewest_seeds, in_figures
 from lab.files import unlike
 from lab.training.provenance import now
 from lab.training.run import Run, RunError
 
-if TYPE_CHECKING:
-    from lab.sweeps.comparison import Comparison
-
 FILE = "comparison.json"
 OTHER_DATA = "other data"  # the status of a run that is done, but not comparable
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file and the words of the command ask for, checked (lab/sweeps/comparison_words.py)."""
+
+    name: str
+    words: list[str]  # all of the command, for the record
+    shared: list[str]  # those of lab-train that all runs have
+    models: dict[str, list[str]]
+    seeds: list[int]
+    pairs: list[tuple[str, str]]  # of which it is asked whether they differ
+    expectations: list[Expectation]
+    lengths: list[int]  # of the inputs that lab-eval scores
+    metrics: list[str]  # that its tables show
+    seq_len: int
+    n_jobs: int = 1
+    threads: int | None = None
+
+    @property
+    def too_few(self) -> str | None:
+        """Why no difference can be significant, whatever comes of the runs."""
+        tests, n = len(self.pairs), len(self.seeds)
+        if not tests:
+            return None if len(self.models) == 1 else "no two of these models are asked about; pairs=NAME compares the others with it"
+        needed = fewest_seeds(tests)
+        if needed is not None and n >= needed:
+            return None
+        of = f"no difference of {tests} pairs" if tests > 1 else "no difference"
+        takes = f"it takes {needed}" if needed else "nor with more"
+        fewer = "; with fewer pairs, as of pairs=NAME, fewer will do" if tests > 1 else ""
+        return f"with {n} seed{'s' * (n > 1)} {of} can be significant, {takes}{fewer}"
 
 
 def document(comparison: Comparison, runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,47 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lab.analysis.comparison import FILE, OTHER_DATA, document
-from lab.analysis.expectations import Expectation
+from lab.analysis.comparison import FILE, OTHER_DATA, Comparison, document
 from lab.analysis.page.document import page
-from lab.analysis.statistics import fewest_seeds
 from lab.files import atomic, write_json, write_text
 from lab.sweeps.multirun import Sweep
 
 PAGE = "page.html"  # beside comparison.json
 DONE = ("done", OTHER_DATA)  # nothing is left to do of these
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a file and the words of the command ask for, checked (lab/sweeps/comparison_words.py)."""
-
-    name: str
-    words: list[str]  # all of the command, for the record
-    shared: list[str]  # those of lab-train that all runs have
-    models: dict[str, list[str]]
-    seeds: list[int]
-    pairs: list[tuple[str, str]]  # of which it is asked whether they differ
-    expectations: list[Expectation]
-    lengths: list[int]  # of the inputs that lab-eval scores
-    metrics: list[str]  # that its tables show
-    seq_len: int
-    n_jobs: int = 1
-    threads: int | None = None
-
-    @property
-    def too_few(self) -> str | None:
-        """Why no difference can be significant, whatever comes of the runs."""
-        tests, n = len(self.pairs), len(self.seeds)
-        if not tests:
-            return None if len(self.models) == 1 else "no two of these models are asked about; pairs=NAME compares the others with it"
-        needed = fewest_seeds(tests)
-        if needed is not None and n >= needed:
-            return None
-        of = f"no difference of {tests} pairs" if tests > 1 else "no difference"
-        takes = f"it takes {needed}" if needed else "nor with more"
-        fewer = "; with fewer pairs, as of pairs=NAME, fewer will do" if tests > 1 else ""
-        return f"with {n} seed{'s' * (n > 1)} {of} can be significant, {takes}{fewer}"
 
 
 @dataclass

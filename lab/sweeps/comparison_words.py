@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lab.analysis.comparison import Comparison
 from lab.analysis.expectations import Expectation, parse
 from lab.analysis.metrics import score_names
 from lab.config import Composed, ConfigError, MistakeError, check, compose, files, first_difference, overrides
@@ -21,7 +22,6 @@ from lab.config.identity import relevant
 from lab.config.layers import Layer, saying_where
 from lab.config.overrides import SHELL, places_of
 from lab.config.tree import dotted
-from lab.sweeps.comparison import Comparison
 from lab.sweeps.multirun import OF_A_RUN
 from lab.tasks import Task
 from lab.training.experiment import Experiment, build_node
