@@ -1,4 +1,5 @@
-"""The benchmarks run at tiny sizes, with peers that are not installed: whether they measure, not what."""
+"""The benchmarks run at tiny sizes, with peers that are not installed: whether they measure, not what. One in
+the fast suite for what they share, the others among the slow checks."""
 
 from __future__ import annotations
 
@@ -51,6 +52,7 @@ def test_ops(script):
     assert {"cpu", "threads", "torch"} <= set(report["machine"]) and "not installed" in printed
 
 
+@pytest.mark.slow
 def test_models_and_the_page(script, tmp_path):
     _, report = script("bench_models", "--only", "mamba")  # both allocators
     assert {(row["against"].split()[0], row["allocator"], row["note"]) for row in report["rows"]} == {
@@ -73,6 +75,7 @@ def test_models_and_the_page(script, tmp_path):
     assert "pip install transformers" in page and page.count("| mamba |") == 7  # 2 peers by 2 lengths, 2 allocators, shares
 
 
+@pytest.mark.slow
 def test_experts(script):
     _, report = script("bench_moe", "--allocator", "default", "--only", "E 8")
     rows = {(row["name"], row["against"]): row for row in report["rows"]}
@@ -81,6 +84,7 @@ def test_experts(script):
         assert row["ratio"] > 0 and (row["difference"] is None if against == "MLP" else row["difference"] < 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
 def test_decoding(script):
     printed, report = script("bench_decoding", "--only", "mamba")
@@ -94,6 +98,7 @@ def test_decoding(script):
     assert "serriform: 29,293 parameters, attention: 29,280" in printed
 
 
+@pytest.mark.slow
 def test_loaders(script):
     printed, report = script("bench_loader", "--only", "stdlib")
     shuffled, streams = report["loaders"]
@@ -102,6 +107,7 @@ def test_loaders(script):
         assert row["tokens_per_second"] > 0 and row["ratio"] == row["tokens_per_second"] / row["training"]
 
 
+@pytest.mark.slow
 def test_far_out(script):
     printed, report = script("bench_far", "--only", "laminar")
     near, far = report["far"]
@@ -120,6 +126,7 @@ class GGUFWriter:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.LIBRARY is None, reason=native.SAYS)
 def test_llama_cpp(script, tmp_path):
     program, seen = tmp_path / "llama-bench", tmp_path / "seen"
