@@ -105,11 +105,7 @@ class Pool:
     def _ended(self, running: Running, waiting: deque[Job]) -> None:
         job, code = running.job, running.process.exitcode
         assert code is not None
-        lost = False
-        if code == warm.LOST:
-            with suppress(ProcessLookupError):  # it has ended with that code itself
-                os.killpg(running.pid, signal.SIGTERM)  # it saves and stops, for nobody watches it
-                lost = True
+        lost = code == warm.LOST and _told_to_stop(running)
         if code == Busy.exit_code:  # lost a race for the lock; what the winner made of it is seen when its turn comes again
             waiting.append(job)
             self.met.add(job.path)
@@ -121,9 +117,11 @@ class Pool:
         if self.received and (code or following):
             self.overview.ended(job, "stopped")
             return
-        reason = job.reason(running.command, running.pid, code, running.log_start) if code and not lost else None
+        reason = None
         if lost:
             reason = "the process that jobs are forked from was killed, and this one told to stop; the same command goes on with it"
+        elif code:
+            reason = job.reason(running.command, running.pid, code, running.log_start)
         self.record(job, reason)
         self.overview.ended(job, f"{job.status}: {reason}" if reason else "done")
 
@@ -158,6 +156,15 @@ class Pool:
                     else:
                         os.killpg(running.pid, signal.SIGKILL)
         self.passed_on = until
+
+
+def _told_to_stop(running: Running) -> bool:
+    """Whether it was still at work: it saves and stops, for nobody watches it any more."""
+    try:
+        os.killpg(running.pid, signal.SIGTERM)
+    except ProcessLookupError:  # it has ended with that code itself
+        return False
+    return True
 
 
 def environment(slot: int, n_jobs: int, threads: int | None = None) -> dict[str, str]:

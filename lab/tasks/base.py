@@ -113,11 +113,11 @@ class Task(ABC):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; only where `text` is true."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no text: its tokens stand for themselves")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; what they do not spell out, such as a part of a character, becomes U+FFFD."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no text: its tokens stand for themselves")
 
     def describe(self) -> str:
         """One line about the data, printed before training."""

@@ -13,6 +13,7 @@ The names begin with watch_, so that TensorBoard, which sorts its groups, shows 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -36,7 +37,7 @@ CHANNELS = 16  # of each state space in a snapshot, evenly spaced in the order o
 TOKENS = 512  # of the first row in a snapshot of state spaces; as many lags of a kernel
 
 
-class Monitor(pl.Callback):
+class Monitor(pl.Callback, ABC):
     """The common part: when to look, and how to look without a trace. interval: optimiser steps; null: never. samples: rows."""
 
     kind: Literal["phases", "attention", "state_spaces", "experts"]
@@ -72,8 +73,9 @@ class Monitor(pl.Callback):
         step = trainer.global_step
         return self.interval is not None and self.looked != step and (step % self.interval == 0 or step == trainer.max_steps)
 
+    @abstractmethod
     def show(self, trainer: pl.Trainer, task: Task, record: Record) -> None:
-        raise NotImplementedError
+        """Draws and stores what the record has."""
 
     def lengths(self) -> Tensor:
         """(B,) real tokens of each sample"""
