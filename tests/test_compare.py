@@ -233,6 +233,9 @@ def test_show_says_what_is_wrong(capsys):
     older = {"runs": [], "summary": [], "expectations": [], "models": {}, "metrics": [], "method": "", "pairs": [], "curves": []}
     Path("comparison.json").write_text(json.dumps(older))
     assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it lacks seq_len" in capsys.readouterr().err
+    rest = {"seq_len": 8, "planned": [], "seeds": [], "test": "", "name": "", "command": ""}
+    Path("comparison.json").write_text(json.dumps(older | rest))
+    assert lab_compare.main(["--show", "."]) == 1 and "is not a comparison of lab: it has no runs" in capsys.readouterr().err
 
 
 def test_each_process_has_the_threads_that_were_told(monkeypatch):

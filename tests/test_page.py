@@ -180,7 +180,7 @@ def test_a_comparison_answers_first():
     sentence = pairs(scores, [("a", EVIL)], "test/token_accuracy", 8, 2)[0]["text"]
     assert " ".join(sentence.split()) in said and said.index(sentence[:20]) < said.index("The models at length 8")
     assert f"cannot tell a learns it {EVIL}" in said and "arXiv:0" in said and "the interval is on both sides" in said
-    assert "4 runs: 3 done, 1 failed" in said and "lab-compare mine.yaml" in said
+    assert "4 runs: 3 done, 1 failed" in said and "lab-compare mine.yaml" in said and "p: of signs." in said
     assert "0.781 [0.600, 0.900]" in said  # the mean of a at the length of training
     assert "0.391 [0.600, 0.900]" in said and "0.2500" in said  # at twice the length
 
